@@ -1,0 +1,1 @@
+"""The attention registry and the reference backend."""

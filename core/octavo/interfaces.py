@@ -1,0 +1,394 @@
+"""The protocols that plugins implement, and the values that pass through them.
+
+Everything a third party needs to write a model, a weight format, a quantization, an attention backend, a kernel, a
+prefix cache, a scheduling policy, a drafter or a logits processor is here or in :mod:`octavo.hooks`.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self, runtime_checkable
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from octavo.batch import ForwardBatch
+    from octavo.layers.attention import Attention, ForwardContext
+    from octavo.layers.builder import Builder
+    from octavo.request import Request, SamplingParams
+
+# --- checkpoints -----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class TensorInfo:
+    """Where a tensor of a checkpoint lies and what it is before anything is read."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    file: str
+
+
+class WeightSource(Protocol):
+    """The tensors of a checkpoint under the names that Hugging Face gives them. Nothing is read before ``read``."""
+
+    def names(self) -> Collection[str]:
+        """Every tensor's name."""
+        ...
+
+    def info(self, name: str) -> TensorInfo:
+        """Shape, dtype and file of a tensor. Raises CheckpointError, naming near matches, when there is none."""
+        ...
+
+    def read(self, name: str, index: tuple[slice, ...] = ()) -> Tensor:
+        """The tensor, or the part of it that ``index`` names, on the host; may share memory with the file."""
+        ...
+
+
+class Checkpoint(Protocol):
+    """A model's files, whatever their format."""
+
+    path: Path
+
+    def config(self) -> dict[str, Any]:
+        """What ``config.json`` holds, in Hugging Face's terms."""
+        ...
+
+    def generation_config(self) -> dict[str, Any]:
+        """What ``generation_config.json`` holds; empty when there is none."""
+        ...
+
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The tokenizer, with its chat template when there is one."""
+        ...
+
+    def weights(self) -> WeightSource:
+        """The tensors."""
+        ...
+
+
+class WeightFormat(Protocol):
+    """A way to keep a model in files. The core reads Hugging Face folders with safetensors; plugins add others."""
+
+    name: ClassVar[str]
+
+    @classmethod
+    def accepts(cls, path: Path) -> bool:
+        """Whether the file or folder is of this format; cheap, and never raises for a path of another kind."""
+        ...
+
+    @classmethod
+    def open(cls, path: Path) -> Checkpoint:
+        """Raises CheckpointError, naming the file, when it is broken."""
+        ...
+
+
+# --- models ----------------------------------------------------------------------------------------------------------
+
+
+class Model(Protocol):
+    """A decoder. Built from a config and a :class:`~octavo.layers.builder.Builder`, which loads as it builds.
+
+    A class that implements this takes ``(config: Mapping[str, Any], build: Builder)``: ``config`` is the content of
+    ``config.json``. It must not read files, know quantization formats, devices or ranks: the builder does.
+    """
+
+    def __init__(self, config: Mapping[str, Any], build: Builder) -> None: ...
+
+    def forward(self, tokens: Tensor, positions: Tensor, context: ForwardContext) -> Tensor:
+        """``tokens`` and ``positions`` [num_tokens] int -> hidden states [num_tokens, hidden_size]."""
+        ...
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """hidden [num_rows, hidden_size] -> logits [num_rows, vocab_size] in any floating dtype."""
+        ...
+
+
+# --- linear layers and quantization ----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class LinearPart:
+    """One projection of the checkpoint inside a (possibly fused) linear layer.
+
+    ``rows`` are the output features of the checkpoint's matrix that this rank holds, of ``out_features`` in all.
+    """
+
+    name: str  # the module's full name in the checkpoint, e.g. "model.layers.0.self_attn.q_proj"
+    out_features: int
+    rows: slice
+
+    @property
+    def num_rows(self) -> int:
+        return int(self.rows.stop - self.rows.start)
+
+
+@dataclass(frozen=True, slots=True)
+class LinearSpec:
+    """A linear layer as a model asks for it: ``y = x Wᵀ + b``, the parts' outputs side by side.
+
+    ``columns`` are the input features that this rank holds, of ``in_features`` in all. ``bias`` says that the parts
+    have biases in the checkpoint; a row-parallel layer adds its bias on rank 0 only.
+    """
+
+    name: str
+    parts: tuple[LinearPart, ...]
+    in_features: int
+    columns: slice
+    bias: bool
+
+    @property
+    def num_columns(self) -> int:
+        return int(self.columns.stop - self.columns.start)
+
+    @property
+    def num_rows(self) -> int:
+        return sum(part.num_rows for part in self.parts)
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """Where computation happens and in which dtype activations are."""
+
+    device: torch.device
+    dtype: torch.dtype
+
+
+@runtime_checkable
+class LinearMethod(Protocol):
+    """A loaded linear layer: holds its weights in whatever form its kernel wants."""
+
+    def apply(self, x: Tensor) -> Tensor:
+        """x [num_tokens, in_features of this rank] -> [num_tokens, out_features of this rank], same dtype."""
+        ...
+
+    def num_bytes(self) -> int:
+        """Device memory that the weights take."""
+        ...
+
+
+class Quantization(Protocol):
+    """A weight format of linear layers. Made once per model from the checkpoint's ``quantization_config``."""
+
+    name: ClassVar[str]
+
+    @classmethod
+    def from_checkpoint(cls, settings: Mapping[str, Any], weights: WeightSource) -> Self:
+        """Raises CheckpointError, naming the setting and the remedy, for what this format does not support.
+
+        ``settings`` is empty when an unquantized checkpoint is to be quantized while it is loaded.
+        """
+        ...
+
+    def linear(self, spec: LinearSpec, load: LayerLoader) -> LinearMethod | None:
+        """Read, repack and return the layer; None: this layer is not quantized, load it plainly.
+
+        A fused layer whose parts differ may return None only if all parts are plain; otherwise build the parts one by
+        one and join them, or raise CheckpointError naming the parts.
+        """
+        ...
+
+
+class LayerLoader(Protocol):
+    """What a layer sees of the checkpoint while it is loaded. With ``--load-format dummy`` it invents the tensors."""
+
+    placement: Placement
+
+    def has(self, name: str) -> bool:
+        """Whether the checkpoint holds the tensor; a dummy checkpoint holds none, but invents what is asked for."""
+        ...
+
+    def tensor(
+        self, name: str, shape: tuple[int, ...], index: tuple[slice, ...] = (), dtype: torch.dtype | None = None
+    ) -> Tensor:
+        """Read ``name`` onto the device. ``shape`` is the whole tensor's expected shape and is checked.
+
+        ``index`` cuts out this rank's part; ``dtype`` converts (None: as stored). Raises CheckpointError naming
+        tensor, file, both shapes and the remedy.
+        """
+        ...
+
+    def kernel(self, operation: str, need: Any) -> Any:
+        """The implementation chosen for ``operation``; see :mod:`octavo.operations`."""
+        ...
+
+
+# --- operations and kernels ------------------------------------------------------------------------------------------
+
+
+class Kernel(Protocol):
+    """An implementation of a named operation. What it is called with is said by the operation it implements."""
+
+    @classmethod
+    def missing(cls, need: Any) -> list[str]:
+        """What is lacking for this implementation to serve ``need``; empty: it can. Also the text of the error."""
+        ...
+
+
+# --- attention -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionSpec:
+    """One attention layer as this rank computes it."""
+
+    layer: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    scale: float
+    window: int | None = None  # each token sees itself and the window - 1 tokens before it
+    soft_cap: float | None = None
+    key_scale: float = 1.0  # an 8-bit cache holds key / key_scale
+    value_scale: float = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionNeed:
+    """What a model asks of an attention backend."""
+
+    device: torch.device
+    dtype: torch.dtype
+    kv_dtype: torch.dtype
+    block_size: int
+    head_dim: int
+    num_heads: int
+    num_kv_heads: int
+    window: bool = False
+    soft_cap: bool = False
+    batch_invariant: bool = False
+
+
+class AttentionBackend(ABC):
+    """Paged attention for any mix of query lengths in one batch."""
+
+    name: ClassVar[str]
+
+    @classmethod
+    @abstractmethod
+    def missing(cls, need: AttentionNeed) -> list[str]:
+        """What is lacking for this backend to serve ``need``; empty: it can. Also the text of the error."""
+
+    @abstractmethod
+    def __init__(self, need: AttentionNeed) -> None: ...
+
+    @abstractmethod
+    def kv_shape(self, spec: AttentionSpec, num_blocks: int) -> tuple[int, ...]:
+        """The shape of one layer's cache in ``need.kv_dtype``. The first axis must be the block: copying a block
+        copies one index of it."""
+
+    @abstractmethod
+    def plan(self, batch: ForwardBatch) -> Any:
+        """Once per step, before any layer: whatever all layers share. Must not wait for the device."""
+
+    @abstractmethod
+    def attend(
+        self, query: Tensor, key: Tensor, value: Tensor, spec: AttentionSpec, kv: Tensor, batch: ForwardBatch, plan: Any
+    ) -> Tensor:
+        """Write ``key`` and ``value`` at the batch's slots into ``kv``, then attend over the whole context.
+
+        query [num_tokens, num_heads, head_dim], key and value [num_tokens, num_kv_heads, head_dim], rotated already;
+        returns [num_tokens, num_heads * head_dim]. Queries are the last tokens of their sequences (causal).
+        """
+
+    def forward(self, layer: Attention, qkv: Tensor, kv: Tensor, batch: ForwardBatch, plan: Any) -> Tensor:
+        """From the fused projection [num_tokens, (num_heads + 2 * num_kv_heads) * head_dim] to attention's output.
+
+        A backend that normalizes, rotates and writes in one kernel overrides this; the result must be the same.
+        """
+        query, key, value = layer.split_norm_rotate(qkv, batch.positions)
+        return self.attend(query, key, value, layer.spec, kv, batch, plan)
+
+
+# --- scheduling, caching, speculation, sampling ----------------------------------------------------------------------
+
+
+class PrefixCache(Protocol):
+    """An index from content to block, and nothing more: the block manager owns the blocks.
+
+    Only full blocks are ever known to it. Calls come from the engine's thread only. Made with
+    ``(block_size: int)``.
+    """
+
+    def lookup(self, tokens: Sequence[int], salt: bytes) -> list[int]:
+        """The longest run of blocks that hold the leading tokens; the caller takes references at once."""
+        ...
+
+    def store(self, tokens: Sequence[int], blocks: Sequence[int], num_stored: int, salt: bytes) -> None:
+        """``blocks[i]`` holds ``tokens[i * block_size : (i + 1) * block_size]``; the first ``num_stored`` blocks were
+        stored by earlier calls for the same sequence. A content already known keeps its first block."""
+        ...
+
+    def forget(self, block: int) -> None:
+        """The block is about to be overwritten."""
+        ...
+
+    def clear(self) -> None:
+        """Forget everything."""
+        ...
+
+
+class SchedulingPolicy(Protocol):
+    """The order in which waiting requests are admitted, and who gives way when memory runs out."""
+
+    name: ClassVar[str]
+
+    def key(self, request: Request) -> tuple[float, ...]:
+        """Waiting requests are admitted in ascending order of this; ``request.sequence`` breaks ties."""
+        ...
+
+    def victim(self, running: Sequence[Request]) -> Request:
+        """Which running request (in order of admission, never empty) is preempted."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class SampleRow:
+    """One row of logits that becomes a token: whose it is, and which of its tokens it decides."""
+
+    request: Request
+    num_known: int  # tokens before the one that is decided
+    drafts: Sequence[int] = ()  # the part of those tokens that are unverified drafts
+
+    def history(self) -> list[int]:
+        """All tokens before the decided one. Only for processors that declare ``needs_history``."""
+        return [*self.request.tokens, *self.drafts]
+
+
+class LogitsProcessor(Protocol):
+    """Changes logits before sampling, for the rows that want it. Made with ``(vocab_size: int, device)``."""
+
+    needs_history: ClassVar[bool]  # reads the tokens themselves, so a row cannot be in flight twice
+    works_with_speculation: ClassVar[bool]
+
+    def wants(self, params: SamplingParams) -> bool:
+        """Whether a request with these parameters is to be processed; asked once per request."""
+        ...
+
+    def apply(self, logits: Tensor, rows: Sequence[tuple[int, SampleRow]]) -> None:
+        """Change ``logits`` [num_rows, vocab_size] float32 in place; ``rows`` are (row index, row)."""
+        ...
+
+
+class Drafter(Protocol):
+    """Guesses the next tokens of running sequences. Made with ``(config, runner_context)``; see the hook."""
+
+    num_tokens: int  # the most that it ever drafts for one sequence
+
+    def draft(self, requests: Sequence[Request], limits: Sequence[int]) -> list[list[int]]:
+        """Up to ``limits[i]`` guesses for each request, whose host tokens are complete; may be fewer or none."""
+        ...
+
+    def observe(self, request: Request, num_drafts: int, num_accepted: int) -> None:
+        """What became of a guess."""
+        ...
+
+    def release(self, request: Request) -> None:
+        """The request finished or was preempted: forget it."""
+        ...

@@ -1,0 +1,1 @@
+"""Building blocks of models. All are shard-aware: with one rank a shard is the whole."""

@@ -1,0 +1,57 @@
+"""The attention layer: from the fused projection to attention's output, through the engine's backend."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from octavo.batch import ForwardBatch
+from octavo.interfaces import AttentionBackend, AttentionSpec
+from octavo.layers.norm import RMSNorm
+from octavo.layers.rotary import RotaryEmbedding
+
+
+@dataclass(frozen=True, slots=True)
+class ForwardContext:
+    """What layers need of the step: passed explicitly, so that a draft model can run beside the target."""
+
+    batch: ForwardBatch
+    backend: AttentionBackend
+    plan: Any
+    kv: Sequence[Tensor]  # one cache per attention layer
+
+
+class Attention(torch.nn.Module):
+    """Normalizes (where the model does), rotates, writes keys and values, attends."""
+
+    def __init__(
+        self,
+        spec: AttentionSpec,
+        rotary: RotaryEmbedding | None,
+        query_norm: RMSNorm | None = None,
+        key_norm: RMSNorm | None = None,
+    ) -> None:
+        super().__init__()
+        self.spec = spec
+        self.rotary = rotary
+        self.query_norm = query_norm
+        self.key_norm = key_norm
+
+    def forward(self, qkv: Tensor, context: ForwardContext) -> Tensor:
+        """qkv [num_tokens, (num_heads + 2 * num_kv_heads) * head_dim] -> [num_tokens, num_heads * head_dim]."""
+        return context.backend.forward(self, qkv, context.kv[self.spec.layer], context.batch, context.plan)
+
+    def split_norm_rotate(self, qkv: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """query [num_tokens, num_heads, head_dim], key and value [num_tokens, num_kv_heads, head_dim]."""
+        spec = self.spec
+        heads = qkv.view(qkv.shape[0], -1, spec.head_dim)
+        query, key, value = heads.split((spec.num_heads, spec.num_kv_heads, spec.num_kv_heads), dim=1)
+        if self.query_norm is not None and self.key_norm is not None:
+            query, key = self.query_norm(query), self.key_norm(key)
+        if self.rotary is not None:
+            query, key = self.rotary(query, positions), self.rotary(key, positions)
+        return query, key, value

@@ -1,0 +1,128 @@
+"""The named operations that kernels implement, and how one is chosen.
+
+Each operation has a plain torch implementation here in the core, which runs anywhere and is the oracle of the others.
+A kernel is a class with a class method ``missing(need)`` and an initializer that takes ``need``; the instance is called
+as its operation says:
+
+================  =======================  ================================================================
+operation         need                     call
+================  =======================  ================================================================
+``rms_norm``      :class:`NormNeed`        ``(x, weight, eps) -> y``; ``.add(x, residual, weight, eps) -> (y, new
+                                           residual)`` with new residual = x + residual
+``silu_and_mul``  :class:`ActivationNeed`  ``(x [num_tokens, 2 * size]) -> [num_tokens, size]``
+``linear``        :class:`LinearNeed`      made with ``(need, weight [out, in], bias or None)``: a
+                                           :class:`~octavo.interfaces.LinearMethod`
+``sample``        :class:`SampleNeed`      ``(logits, SamplingTensors) -> token ids``; see :mod:`octavo.sampling`
+================  =======================  ================================================================
+
+Plugins may name further operations of their own (a quantization and the kernels that run it); the same choice applies.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from octavo.errors import ConfigError
+from octavo.hooks import KernelProvider, Provider
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class NormNeed:
+    """A norm over the last axis of ``size`` elements."""
+
+    device: torch.device
+    dtype: torch.dtype
+    size: int
+
+
+@dataclass(frozen=True, slots=True)
+class ActivationNeed:
+    """A gated activation over ``size`` elements."""
+
+    device: torch.device
+    dtype: torch.dtype
+    size: int
+
+
+@dataclass(frozen=True, slots=True)
+class LinearNeed:
+    """An unquantized matrix product."""
+
+    device: torch.device
+    dtype: torch.dtype
+    in_features: int
+    out_features: int
+    batch_invariant: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class SampleNeed:
+    """Choosing tokens from logits over ``vocab_size``."""
+
+    device: torch.device
+    vocab_size: int
+
+
+def choose(what: str, providers: Iterable[Provider], need: Any, insisted: str | None = None) -> tuple[str, Any]:
+    """The provider of highest priority that lacks nothing for ``need``: its name and class.
+
+    ``insisted`` names the only one that will do. The same reasons that pass a provider over make up the error.
+
+    Raises:
+        ConfigError: none can serve; prints every candidate with what it is missing.
+    """
+    candidates = sorted(providers, key=lambda provider: -provider.priority)
+    if insisted is not None:
+        known = ", ".join(provider.name for provider in candidates)
+        candidates = [provider for provider in candidates if provider.name == insisted]
+        if not candidates:
+            raise ConfigError(f"{what} '{insisted}' is not provided by any selected plugin; there are: {known}")
+    reasons: list[str] = []
+    for provider in candidates:
+        lacking = provider.lacking()
+        if not lacking:
+            implementation = provider.resolve()
+            lacking = implementation.missing(need)
+            if not lacking:
+                for reason in reasons:
+                    logger.debug("%s: passed over %s", what, reason)
+                return provider.name, implementation
+        reasons.append(f"{provider.name}: {'; '.join(lacking)}")
+    raise ConfigError(f"no {what} can serve {need}:\n  " + "\n  ".join(reasons or ["none is provided"]))
+
+
+class Operations:
+    """Chooses an implementation once per operation and need, and remembers what was chosen for the log."""
+
+    def __init__(
+        self,
+        builtin: Iterable[KernelProvider],
+        plugins: Mapping[str, KernelProvider],
+        insisted: Mapping[str, str] | None = None,
+    ) -> None:
+        self._providers: dict[str, list[KernelProvider]] = {}
+        for provider in [*builtin, *plugins.values()]:
+            self._providers.setdefault(provider.operation, []).append(provider)
+        self._insisted = dict(insisted or {})
+        unknown = sorted(set(self._insisted) - set(self._providers))
+        if unknown:
+            raise ConfigError(f"no operation is called '{unknown[0]}'; there are: {', '.join(sorted(self._providers))}")
+        self._chosen: dict[tuple[str, Any], Any] = {}
+        self.log: dict[str, set[str]] = {}  # operation -> names of the implementations in use
+
+    def choose(self, operation: str, need: Any) -> Any:
+        """The class that implements ``operation`` for ``need``."""
+        key = (operation, need)
+        if key not in self._chosen:
+            providers = self._providers.get(operation, [])
+            name, implementation = choose(f"kernel for '{operation}'", providers, need, self._insisted.get(operation))
+            self._chosen[key] = implementation
+            self.log.setdefault(operation, set()).add(name)
+        return self._chosen[key]

@@ -102,7 +102,9 @@ class Scheduler:
         Rows of requests that ended or were preempted meanwhile are handled here and nowhere else: an ended request
         ignores its tokens; a preempted one keeps them, since they are what it would have sampled.
         """
-        return [settled for row, tokens in zip(plan.rows, sampled, strict=True) if (settled := self._settle(row, tokens))]
+        return [
+            settled for row, tokens in zip(plan.rows, sampled, strict=True) if (settled := self._settle(row, tokens))
+        ]
 
     def check(self) -> None:
         """Prove that no block or slot is lost and that states agree with places. Called by tests after every step."""
@@ -325,6 +327,4 @@ class _Draft:
     def plan(self) -> StepPlan:
         # single tokens first: backends may treat them apart
         rows = sorted(self._rows.values(), key=lambda row: row.num_tokens > 1)
-        return StepPlan(
-            rows, self.copies, self.num_preempted, self.num_prefix_queries, self.num_prefix_hits
-        )
+        return StepPlan(rows, self.copies, self.num_preempted, self.num_prefix_queries, self.num_prefix_hits)

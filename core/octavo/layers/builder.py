@@ -13,7 +13,7 @@ from octavo.layers.attention import Attention
 from octavo.layers.embedding import Embedding
 from octavo.layers.linear import Linear, load_plain, make_linear
 from octavo.layers.norm import RMSNorm
-from octavo.layers.rotary import RotaryEmbedding
+from octavo.layers.rotary import RotaryEmbedding, rope_parameters
 from octavo.operations import ActivationNeed, NormNeed
 from octavo.parallel import Shard
 
@@ -38,7 +38,7 @@ class Builder:
         self.quantization = quantization
         self.shard = shard or Shard()
         self.attention_specs: list[AttentionSpec] = []
-        self._rotary: dict[Any, RotaryEmbedding] = {}
+        self._rotary: dict[tuple[int, str], RotaryEmbedding] = {}
 
     # --- linear layers ----------------------------------------------------------------------------------------------
 
@@ -118,17 +118,15 @@ class Builder:
         need = ActivationNeed(placement.device, placement.dtype, self.shard.divide(size, "intermediate size"))
         return self.load.kernel("silu_and_mul", need)(need)
 
-    def rotary(self, config: Mapping[str, Any], head_dim: int) -> RotaryEmbedding:
-        """Rotary embeddings as ``config`` describes them; layers that ask for the same share one table."""
-        key = (
-            head_dim,
-            repr(config.get("rope_parameters")),
-            repr(config.get("rope_scaling")),
-            config.get("rope_theta"),
-        )
+    def rotary(self, config: Mapping[str, Any], head_dim: int, *, layer_type: str | None = None) -> RotaryEmbedding:
+        """Rotary embeddings as ``config`` describes them; layers that ask for the same share one table.
+
+        ``layer_type`` is for models whose ``rope_parameters`` differ from layer to layer.
+        """
+        key = (head_dim, repr(rope_parameters(config, layer_type)))
         if key not in self._rotary:
             device = self.load.placement.device
-            self._rotary[key] = RotaryEmbedding.from_config(config, head_dim, self.max_model_len, device)
+            self._rotary[key] = RotaryEmbedding.from_config(config, head_dim, self.max_model_len, device, layer_type)
         return self._rotary[key]
 
     def attention(

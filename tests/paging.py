@@ -10,7 +10,6 @@ import random
 from collections.abc import Mapping, Sequence
 
 import torch
-
 from octavo.batch import ForwardBatch
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pytest
-
 from octavo.architectures import choose_model
 from octavo.errors import CheckpointError, ConfigError, PluginError
 from octavo.hooks import Provider
@@ -61,5 +60,5 @@ def test_what_a_provider_lacks_is_said() -> None:
 
 
 def test_a_provider_that_names_no_class_is_the_plugins_fault() -> None:
-    with pytest.raises(PluginError, match="'octavo.errors:Yew', which cannot be imported"):
+    with pytest.raises(PluginError, match=r"'octavo\.errors:Yew', which cannot be imported"):
         choose_model({"architectures": ["YewForCausalLM"]}, PROVIDERS)

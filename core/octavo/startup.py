@@ -22,7 +22,7 @@ from octavo.hooks import KernelProvider, Provider
 from octavo.interfaces import AttentionNeed, Checkpoint, LayerLoader, Model, Placement
 from octavo.layers.activation import TorchSiluAndMul
 from octavo.layers.builder import Builder
-from octavo.layers.linear import Linear, TorchLinear
+from octavo.layers.linear import TorchLinear
 from octavo.layers.norm import TorchRMSNorm
 from octavo.loader import (
     CheckpointLoader,
@@ -159,7 +159,7 @@ def build_engine(resolved: Resolved) -> Engine:
         quantization = resolve_quantization(resolved.checkpoint, config.quantization, host.quantizations(), weights)
         build = Builder(load, max_model_len=max_model_len, quantization=quantization)
         model = choose_model(resolved.model_config, host.models())(resolved.model_config, build)
-    weight_bytes = count_bytes(model)
+    weight_bytes = build.num_bytes()
     logger.info("weights: %.2f GiB on %s, %s", weight_bytes / GIB, device, placement.dtype)
     logger.info("kernels: %s", ", ".join(f"{op}: {'/'.join(sorted(k))}" for op, k in sorted(operations.log.items())))
 
@@ -280,19 +280,6 @@ def choose_kv_dtype(wanted: str, dtype: torch.dtype) -> torch.dtype:
     if wanted not in known:
         raise ConfigError(f"kv_cache_dtype '{wanted}' is not supported; known: {', '.join(known)}")
     return known[wanted]
-
-
-def count_bytes(model: Model) -> int:
-    """Device memory of a model's weights, shared tensors counted once."""
-    assert isinstance(model, torch.nn.Module)
-    linears = [module for module in model.modules() if isinstance(module, Linear)]
-    tensors = {
-        value.data_ptr(): value.nbytes
-        for module in model.modules()
-        for value in vars(module).values()
-        if isinstance(value, torch.Tensor)
-    }
-    return sum(tensors.values()) + sum(linear.method.num_bytes() for linear in linears)
 
 
 def activation_bytes(model: Model, vocab_size: int, max_num_batched_tokens: int, config: EngineConfig) -> int:

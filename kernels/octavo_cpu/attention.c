@@ -80,6 +80,14 @@ INLINE char *block_of(const call_t *call, int64_t block, int64_t which, int64_t 
     return call->kv + ((block * 2 + which) * layer->num_kv_heads + head) * elements * size_of(layer->kv_dtype);
 }
 
+/* Blocks lie anywhere in memory, and the hardware cannot guess where the next one is: few queries would wait for each.
+ * Called at a block's first key; behind the first 4 KiB the hardware reads ahead by itself. */
+INLINE void prefetch_block(const call_t *call, int64_t block, int64_t which, int64_t head) {
+    const int64_t block_bytes = call->layer->block_size * call->layer->head_dim * size_of(call->layer->kv_dtype);
+    const char *from = block_of(call, block, which, head);
+    for (int64_t i = 0; i < block_bytes && i < 4096; i += 64) __builtin_prefetch(from + i, 0, 2);
+}
+
 INLINE void write_tokens(const call_t *call, int64_t first, int64_t last, dtype_t kv_dtype) {
     const layer_t *layer = call->layer;
     const int64_t dim = layer->head_dim, head_bytes = dim * size_of(layer->dtype);
@@ -163,10 +171,13 @@ INLINE const char *key_vector(const call_t *call, const int32_t *table, int64_t 
 }
 
 INLINE void score_panel(const call_t *call, float *scores, const float *queries, const int32_t *table, int64_t head,
-                        int64_t begin, int64_t end, int num_rows, dtype_t kv_dtype) {
+                        int64_t begin, int64_t end, int few, int num_rows, dtype_t kv_dtype) {
     const int64_t dim = call->layer->head_dim, block_size = call->layer->block_size;
     int64_t key = begin;
     for (; key + LANES < end; key += 2 * LANES) {
+        if (few) /* their values are next */
+            for (int64_t near = key; near < key + 2 * LANES; near += LANES)
+                if (near % block_size == 0) prefetch_block(call, table[near / block_size], 1, head);
         const char *keys[2] = {key_vector(call, table, head, key, kv_dtype),
                                key_vector(call, table, head, key + LANES, kv_dtype)};
         score(scores + (key - begin), queries, keys, 2, dim, block_size, num_rows, kv_dtype);
@@ -177,14 +188,17 @@ INLINE void score_panel(const call_t *call, float *scores, const float *queries,
     }
 }
 
+/* `next_table` and `next_head`: where the tile after this one will look for its keys; `next_table` may be NULL. */
 INLINE void accumulate_panel(const call_t *call, float *sums, const float *weights, const int32_t *table, int64_t head,
-                             int64_t begin, int64_t end, int num_rows, dtype_t kv_dtype) {
+                             int64_t begin, int64_t end, const int32_t *next_table, int64_t next_head, int num_rows,
+                             dtype_t kv_dtype) {
     const int64_t dim = call->layer->head_dim, block_size = call->layer->block_size, step = DIM_VECTORS * LANES;
     for (int64_t key = begin; key < end;) {
         const int64_t offset = key % block_size, left = end - key;
         const int64_t num_keys = left < block_size - offset ? left : block_size - offset;
         const char *values = block_of(call, table[key / block_size], 1, head) + offset * dim * size_of(kv_dtype);
         const float *from = weights + (key - begin);
+        if (next_table && offset == 0) prefetch_block(call, next_table[key / block_size], 0, next_head);
         int64_t d = 0;
         for (; d + step <= dim; d += step)
             accumulate(sums + d, from, values + d * size_of(kv_dtype), num_keys, DIM_VECTORS, dim, num_rows, kv_dtype);
@@ -251,6 +265,11 @@ INLINE void attend_tile(const call_t *call, int64_t row, int64_t head, int64_t f
     }
     memset(sums, 0, num_rows * dim * sizeof(float));
 
+    const int few = num_rows <= PANEL;
+    const int64_t next_head = head + 1 < layer->num_kv_heads ? head + 1 : 0, next_row = next_head ? row : row + 1;
+    const int32_t *next_table =
+        few && next_row < batch->num_rows ? batch->block_tables + next_row * batch->table_stride : NULL;
+
     const int64_t end = context_before + (last - 1) / group + 1;
     const int64_t oldest = layer->window ? context_before + first / group - layer->window + 1 : 0;
     for (int64_t begin = oldest > 0 ? oldest / CHUNK * CHUNK : 0; begin < end; begin += CHUNK) {
@@ -268,7 +287,7 @@ INLINE void attend_tile(const call_t *call, int64_t row, int64_t head, int64_t f
     case 5: function(call, __VA_ARGS__, 5, kv_dtype); break;          \
     case 6: function(call, __VA_ARGS__, 6, kv_dtype); break;          \
     }
-            WITH_ROWS(score_panel, panel_scores, panel_queries, table, head, begin, begin + num_keys)
+            WITH_ROWS(score_panel, panel_scores, panel_queries, table, head, begin, begin + num_keys, few)
             for (int64_t j = i; j < i + left; j++) {
                 const int64_t position = context_before + (first + j) / group;
                 const int64_t newest = position + 1 - begin;
@@ -276,7 +295,8 @@ INLINE void attend_tile(const call_t *call, int64_t row, int64_t head, int64_t f
                 soften(scores + j * CHUNK, states + j, sums + j * dim, layer, num_keys, eldest > 0 ? eldest : 0,
                        newest < num_keys ? newest : num_keys);
             }
-            WITH_ROWS(accumulate_panel, panel_sums, panel_scores, table, head, begin, begin + num_keys)
+            WITH_ROWS(accumulate_panel, panel_sums, panel_scores, table, head, begin, begin + num_keys, next_table,
+                      next_head)
 #undef WITH_ROWS
         }
     }

@@ -59,15 +59,18 @@ def build() -> list[Path]:
         ERROR_FILE.write_text("no C compiler was found when octavo was installed; install gcc and reinstall\n")
         return []
     x86 = platform.machine().lower() in ("x86_64", "amd64")
-    made, errors = [], []
+    sources = [str(HERE / source) for source in SOURCES]
+    running = {}
     for variant, flags in (X86_FLAGS if x86 else {BASELINE: ()}).items():
-        target = library_path(variant)
-        command = [compiler, *FLAGS, *flags, *(str(HERE / source) for source in SOURCES), "-o", str(target), "-lm"]
-        result = subprocess.run(command, capture_output=True, text=True, check=False)
-        if result.returncode == 0:
-            made.append(target)
+        command = [compiler, *FLAGS, *flags, *sources, "-o", str(library_path(variant)), "-lm"]
+        running[variant] = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    made, errors = [], []
+    for variant, process in running.items():
+        said, _ = process.communicate()
+        if process.returncode == 0:
+            made.append(library_path(variant))
         else:
-            errors.append(f"{variant}: {compiler} failed: {result.stderr.strip()[-1000:]}")
+            errors.append(f"the C kernels ({variant}) could not be compiled with {compiler}: {said.strip()[-1000:]}")
     if errors:
         ERROR_FILE.write_text("\n".join(errors) + "\n")
     return made

@@ -8,10 +8,6 @@
 #include "pool.h"
 #include "vectors.h"
 
-#if defined(__AVX512BF16__)
-#include <immintrin.h>
-#endif
-
 #define PANEL 6
 #define TILE_VECTORS (LANES == 8 ? 2 : 4) /* PANEL * TILE_VECTORS sums fit into the registers */
 #define TILE (TILE_VECTORS * LANES)

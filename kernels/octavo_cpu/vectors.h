@@ -9,6 +9,7 @@
 #include <string.h>
 
 #if defined(__AVX512F__)
+#include <immintrin.h>
 #define LANES 16
 #elif defined(__AVX__)
 #define LANES 8
@@ -38,12 +39,26 @@ INLINE vec load_float(const float *from) {
 
 INLINE void store_float(float *to, vec x) { memcpy(to, &x, sizeof x); }
 
+/* Where compilers make too much of a plain expression, AVX-512's own instruction is named. */
+
 INLINE vec_half to_bfloat16(vec x) {
+#if defined(__AVX512BF16__)
+    return (vec_half)_mm512_cvtneps_pbh((__m512)x);
+#else
     vec_bits bits = (vec_bits)x;
     vec_bits rounded = bits + 0x7fff + ((bits >> 16) & 1); /* to nearest, ties to even */
     vec_bits not_a_number = (vec_bits)(x != x);
     rounded = (rounded & ~not_a_number) | (0x7fc00000 & not_a_number);
     return __builtin_convertvector(rounded >> 16, vec_half);
+#endif
+}
+
+INLINE vec from_bfloat16(vec_half x) {
+#if defined(__AVX512F__)
+    return (vec)_mm512_slli_epi32(_mm512_cvtepu16_epi32((__m256i)x), 16);
+#else
+    return (vec)(__builtin_convertvector(x, vec_bits) << 16);
+#endif
 }
 
 /* LANES elements of an array of `dtype`, from element `index`. */
@@ -51,7 +66,7 @@ INLINE vec load(const void *from, int64_t index, dtype_t dtype) {
     if (dtype == FLOAT32) return load_float((const float *)from + index);
     vec_half half;
     memcpy(&half, (const uint16_t *)from + index, sizeof half);
-    return (vec)(__builtin_convertvector(half, vec_bits) << 16);
+    return from_bfloat16(half);
 }
 
 INLINE void store(void *to, int64_t index, vec x, dtype_t dtype) {
@@ -66,24 +81,36 @@ INLINE void store(void *to, int64_t index, vec x, dtype_t dtype) {
 /* What `x` becomes when it is stored as `dtype`. */
 INLINE vec rounded_to(vec x, dtype_t dtype) {
     if (dtype == FLOAT32) return x;
-    return (vec)(__builtin_convertvector(to_bfloat16(x), vec_bits) << 16);
-}
-
-INLINE float sum(vec x) {
-    float total = 0;
-    for (int lane = 0; lane < LANES; lane++) total += x[lane];
-    return total;
+    return from_bfloat16(to_bfloat16(x));
 }
 
 INLINE vec maximum(vec a, vec b) {
+#if defined(__AVX512F__)
+    return (vec)_mm512_max_ps((__m512)a, (__m512)b);
+#else
     vec_bits greater = (vec_bits)(a > b);
     return (vec)(((vec_bits)a & greater) | ((vec_bits)b & ~greater));
+#endif
+}
+
+INLINE float sum(vec x) {
+#if defined(__AVX512F__)
+    return _mm512_reduce_add_ps((__m512)x);
+#else
+    float total = 0;
+    for (int lane = 0; lane < LANES; lane++) total += x[lane];
+    return total;
+#endif
 }
 
 INLINE float largest(vec x) {
+#if defined(__AVX512F__)
+    return _mm512_reduce_max_ps((__m512)x);
+#else
     float most = x[0];
     for (int lane = 1; lane < LANES; lane++) most = x[lane] > most ? x[lane] : most;
     return most;
+#endif
 }
 
 /* e^x to about one unit in the last place; 0 below -87, where float32 has no normal numbers left.

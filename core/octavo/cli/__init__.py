@@ -103,9 +103,7 @@ def _parser(words: Sequence[str], early: argparse.Namespace) -> Parser:
     """The parser for this command line: all commands by name, the arguments of the one that ``words`` ask for."""
     everywhere = argparse.ArgumentParser(add_help=False)
     everywhere.add_argument("--debug", action="store_true", help="show the traceback of an error")
-    parser = Parser(
-        prog="octavo", description="Octavo: a plugin-based serving framework for large language models."
-    )
+    parser = Parser(prog="octavo", description="Octavo: a plugin-based serving framework for large language models.")
     parser.add_argument("--version", action="version", version=f"octavo {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     groups = {"": commands}

@@ -16,6 +16,8 @@ from octavo.config import EngineConfig, SpeculativeConfig
 from octavo.errors import ConfigError, PluginError
 from octavo.hooks import OptionGroup
 
+DEFAULT_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
+
 
 @dataclass(frozen=True, slots=True)
 class Option:
@@ -110,7 +112,7 @@ def engine_parser(plugin_groups: Sequence[tuple[str, OptionGroup]] = ()) -> argp
         nargs="?",
         default=argparse.SUPPRESS,
         metavar="MODEL",
-        help="folder, file or hub name (default: the embedded SmolLM2-135M-Instruct)",
+        help=f"folder, file or hub name (default: {DEFAULT_MODEL}, which comes with Octavo)",
     )
     for title, options in ENGINE_OPTIONS.items():
         group = parser.add_argument_group(title)
@@ -140,11 +142,18 @@ def engine_config(args: argparse.Namespace) -> EngineConfig:
             fields[name] = _mapping(name, fields[name])
     speculative = {name: given[_SPECULATIVE + name] for name in SPECULATIVE_OPTIONS if _SPECULATIVE + name in given}
     return EngineConfig(
-        model=given.get("model") or default_model(),
+        model=given.get("model", DEFAULT_MODEL),
         speculative=SpeculativeConfig(**speculative),
         plugin_options={name: given[name] for name in given.get("plugin_destinations", ())},
         **fields,
     )
+
+
+def engine_options_given(args: argparse.Namespace) -> list[str]:
+    """The fields, beside the model, that the command line sets; for commands that may work without an engine."""
+    names = [name for options in ENGINE_OPTIONS.values() for name in options]
+    names += [_SPECULATIVE + name for name in SPECULATIVE_OPTIONS]
+    return [name for name in names if hasattr(args, name)]
 
 
 def _add(group: Any, config: type, field: str, option: Option, prefix: str = "") -> None:
@@ -159,7 +168,7 @@ def _add(group: Any, config: type, field: str, option: Option, prefix: str = "")
     elif typing.get_origin(kind) is Literal:
         settings["choices"] = typing.get_args(kind)
     elif field == "hf_overrides":
-        settings |= {"type": _json_object, "metavar": option.metavar}
+        settings |= {"type": json_object, "metavar": option.metavar}
         said = None
     elif typing.get_origin(kind) is not None:  # Mapping[str, str]
         settings |= {"type": _pair, "action": "append", "metavar": option.metavar}
@@ -216,7 +225,8 @@ def _pair(text: str) -> tuple[str, str]:
     return name, value
 
 
-def _json_object(text: str) -> dict[str, Any]:
+def json_object(text: str) -> dict[str, Any]:
+    """An argument's JSON object; raises argparse.ArgumentTypeError when it is none."""
     try:
         value = json.loads(text)
     except json.JSONDecodeError as error:

@@ -120,7 +120,9 @@ def show_matrix(args: argparse.Namespace) -> int:
     if args.json:
         return _print_json(matrix)
     table = [("", *CAPABILITIES)]
-    table += [(name, *("yes" if row[capability] else "no" for capability in CAPABILITIES)) for name, row in matrix.items()]
+    table += [
+        (name, *("yes" if row[capability] else "no" for capability in CAPABILITIES)) for name, row in matrix.items()
+    ]
     _print_table(table)
     return 0
 
@@ -129,7 +131,9 @@ def start_plugin(args: argparse.Namespace) -> int:
     """Write the starter package and say what to do next."""
     taken = discover().get(args.name, [])
     if taken:
-        raise PluginError(f"a plugin called '{args.name}' is installed already ({taken[0].distribution}); use another name")
+        raise PluginError(
+            f"a plugin called '{args.name}' is installed already ({taken[0].distribution}); use another name"
+        )
     folder = starter.write(args.name, args.into)
     print(f"wrote {folder}")
     print(f"  pip install -e {folder}")

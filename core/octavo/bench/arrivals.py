@@ -11,8 +11,8 @@ def arrival_times(num_requests: int, rate: float, burstiness: float, seed: int) 
     """Seconds after the start at which each request is sent; ascending.
 
     ``rate`` is in requests a second; infinity sends all at once. Gaps follow a gamma distribution of shape
-    ``burstiness``: 1 is a Poisson process, less comes in bursts, more is steadier. The times are scaled so that the last
-    request is sent at ``num_requests / rate``: runs of one rate offer the same load whatever the seed.
+    ``burstiness``: 1 is a Poisson process, less comes in bursts, more is steadier. The times are scaled so that the
+    last request is sent at ``num_requests / rate``: runs of one rate offer the same load whatever the seed.
 
     Raises:
         ConfigError: a rate or burstiness that is not above 0.

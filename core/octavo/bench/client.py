@@ -24,6 +24,7 @@ from octavo.bench.metrics import RequestResult
 from octavo.errors import ConfigError
 
 Endpoint = Literal["/v1/completions", "/v1/chat/completions"]
+PromptType = Literal["text", "tokens"]
 
 MAX_REASON = 200  # characters of a server's error message that are kept as the reason of a failure
 
@@ -78,7 +79,7 @@ class Target:
     api_key: str | None = None
     ignore_eos: bool = False
     temperature: float = 0.0
-    prompt_as: Literal["text", "tokens"] = "tokens"
+    prompt_as: PromptType = "tokens"
     timeout: float = 3600.0  # seconds for one request
     extra: Mapping[str, Any] = field(default_factory=dict)
 

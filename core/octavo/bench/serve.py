@@ -100,7 +100,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Measure and report; exit status 1 when a request failed."""
-    prompt_as = args.prompt_type or ("tokens" if args.endpoint == "/v1/completions" else "text")
+    prompt_as: client.PromptType = args.prompt_type or ("tokens" if args.endpoint == "/v1/completions" else "text")
     objectives = parse_objectives(args.goodput)
     percentiles = parse_percentiles(args.metric_percentiles)
     metrics = _metrics(args.percentile_metrics)

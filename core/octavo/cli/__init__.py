@@ -67,8 +67,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 class Parser(argparse.ArgumentParser):
     """Tells errors in one line, and the nearest option when one is unknown."""
 
-    def __init__(self, *args: Any, **settings: Any) -> None:
-        super().__init__(*args, allow_abbrev=False, **settings)
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**{"allow_abbrev": False, **settings})
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         found, unknown = super().parse_known_args(args, namespace)
@@ -106,7 +106,7 @@ def _parser(words: Sequence[str], early: argparse.Namespace) -> Parser:
     parser = Parser(prog="octavo", description="Octavo: a plugin-based serving framework for large language models.")
     parser.add_argument("--version", action="version", version=f"octavo {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    groups = {"": commands}
+    groups: dict[str, Any] = {"": commands}
     # "octavo plugins" must work when a plugin does not: it imports none before it is asked to
     host = None if words[:1] == ["plugins"] else _host(early)
     for path, command in COMMANDS.items():
@@ -124,7 +124,7 @@ def _parser(words: Sequence[str], early: argparse.Namespace) -> Parser:
     for name, add_arguments in (host.mappings("octavo_commands") if host else {}).items():
         if name in COMMANDS or name in GROUPS:
             raise PluginError(f"a plugin provides the command '{name}', which Octavo has itself; leave the plugin out")
-        leaf = commands.add_parser(name, parents=[everywhere])
+        leaf = groups[""].add_parser(name, parents=[everywhere])
         add_arguments(leaf)
         leaf.set_defaults(start=_plugin_start)
     return parser

@@ -22,7 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     source.add_argument(
         "--prompts-file",
         metavar="FILE",
-        help="one prompt a line, or with the ending .jsonl one JSON object with 'prompt' a line; - reads standard input",
+        help="a prompt a line; in a .jsonl file a JSON object with 'prompt' a line; - reads standard input",
     )
     group.add_argument("--chat", action="store_true", help="put each prompt into the model's chat template")
     add_sampling_options(parser, max_tokens=128)

@@ -215,7 +215,9 @@ def _kind(config: type, field: str) -> tuple[Any, bool]:
 
 def _default(config: type, field: str) -> Any:
     (found,) = (f for f in dataclasses.fields(config) if f.name == field)
-    return found.default if found.default is not dataclasses.MISSING else found.default_factory()  # type: ignore[misc]
+    if found.default_factory is not dataclasses.MISSING:
+        return found.default_factory()
+    return found.default
 
 
 def _pair(text: str) -> tuple[str, str]:

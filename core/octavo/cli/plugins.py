@@ -63,7 +63,7 @@ def list_plugins(args: argparse.Namespace) -> int:
     rows = [{**msgspec.to_builtins(record), "default": record.name in DEFAULT_PLUGINS} for record in records]
     if args.json:
         return _print_json(rows)
-    table = [("NAME", "DISTRIBUTION", "VERSION", "DEFAULT", "MODULE")]
+    table: list[Sequence[str]] = [("NAME", "DISTRIBUTION", "VERSION", "DEFAULT", "MODULE")]
     table += [
         (row["name"], row["distribution"], row["version"], "yes" if row["default"] else "", row["module"])
         for row in rows
@@ -119,7 +119,7 @@ def show_matrix(args: argparse.Namespace) -> int:
             matrix |= PluginHost((record,)).matrix()
     if args.json:
         return _print_json(matrix)
-    table = [("", *CAPABILITIES)]
+    table: list[Sequence[str]] = [("", *CAPABILITIES)]
     table += [
         (name, *("yes" if row[capability] else "no" for capability in CAPABILITIES)) for name, row in matrix.items()
     ]

@@ -51,7 +51,7 @@ The hooks that it can implement, and what each returns, are described in `octavo
 \"\"\"The Octavo plugin $name.\"\"\"
 """,
     "$module/plugin.py": """\
-\"\"\"What Octavo sees of this plugin. Keep imports light: this module is imported whenever the plugin is selected.\"\"\"
+\"\"\"What Octavo sees of this plugin. Keep imports light: it is imported whenever the plugin is selected.\"\"\"
 
 from __future__ import annotations
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from octavo.request import Request
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,6 +25,7 @@ class PlannedRow:
     num_tokens: int
     samples: bool
     drafts: Sequence[int] = ()
+    epoch: int = 0  # the request's num_preemptions when this was planned
 
     @property
     def end(self) -> int:

@@ -309,45 +309,6 @@ class AttentionBackend(ABC):
 # --- scheduling, caching, speculation, sampling ----------------------------------------------------------------------
 
 
-class PrefixCache(Protocol):
-    """An index from content to block, and nothing more: the block manager owns the blocks.
-
-    Only full blocks are ever known to it. Calls come from the engine's thread only. Made with
-    ``(block_size: int)``.
-    """
-
-    def lookup(self, tokens: Sequence[int], salt: bytes) -> list[int]:
-        """The longest run of blocks that hold the leading tokens; the caller takes references at once."""
-        ...
-
-    def store(self, tokens: Sequence[int], blocks: Sequence[int], num_stored: int, salt: bytes) -> None:
-        """``blocks[i]`` holds ``tokens[i * block_size : (i + 1) * block_size]``; the first ``num_stored`` blocks were
-        stored by earlier calls for the same sequence. A content already known keeps its first block."""
-        ...
-
-    def forget(self, block: int) -> None:
-        """The block is about to be overwritten."""
-        ...
-
-    def clear(self) -> None:
-        """Forget everything."""
-        ...
-
-
-class SchedulingPolicy(Protocol):
-    """The order in which waiting requests are admitted, and who gives way when memory runs out."""
-
-    name: ClassVar[str]
-
-    def key(self, request: Request) -> tuple[float, ...]:
-        """Waiting requests are admitted in ascending order of this; ``request.sequence`` breaks ties."""
-        ...
-
-    def victim(self, running: Sequence[Request]) -> Request:
-        """Which running request (in order of admission, never empty) is preempted."""
-        ...
-
-
 @dataclass(frozen=True, slots=True)
 class SampleRow:
     """One row of logits that becomes a token: whose it is, and which of its tokens it decides."""

@@ -5,11 +5,14 @@ from __future__ import annotations
 import enum
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
 from octavo.errors import RequestError
+
+if TYPE_CHECKING:
+    from octavo.messages import TokenLogprobs
 
 MAX_LOGPROBS = 20
 MAX_SEED = 2**63 - 1
@@ -147,6 +150,7 @@ class Request:
         "fork_of",
         "index",
         "max_total_tokens",
+        "needs_history",
         "num_cached",
         "num_computed",
         "num_pending",
@@ -155,6 +159,7 @@ class Request:
         "num_stored",
         "params",
         "priority",
+        "prompt_logprobs",
         "request_id",
         "salt",
         "scheduled_at",
@@ -182,6 +187,7 @@ class Request:
         priority: int = 0,
         arrival: float = 0.0,
         fork_of: Request | None = None,
+        needs_history: bool = False,
     ) -> None:
         self.request_id = request_id
         self.index = index
@@ -196,6 +202,7 @@ class Request:
         self.salt = salt
         self.priority = priority
         self.fork_of = fork_of
+        self.needs_history = needs_history  # sampling reads the tokens themselves: they must be on the host
 
         self.state = RequestState.WAITING
         self.num_computed = 0
@@ -210,6 +217,7 @@ class Request:
         self.finish_reason: FinishReason | None = None
         self.stop_token_id: int | None = None
 
+        self.prompt_logprobs: list[TokenLogprobs | None] | None = None  # filled while the prompt is computed
         self.arrival = arrival
         self.scheduled_at = 0.0
         self.first_token_at = 0.0
@@ -242,6 +250,11 @@ class Request:
     @property
     def finished(self) -> bool:
         return self.state is RequestState.FINISHED
+
+    @property
+    def wants_prompt_logits(self) -> bool:
+        """Whether logits of every prompt position are asked for; one sample answers for all."""
+        return self.params.prompt_logprobs is not None and self.index == 0
 
     @property
     def may_sample(self) -> bool:

@@ -1,0 +1,330 @@
+"""Who computes how many tokens in the next step. No torch here.
+
+There is no prefill phase and no decode phase: every request has tokens that are known and tokens that are computed,
+and each step lets the second number catch up with the first. A new prompt, a chunk of a long one, the next token of a
+running request, drafts to verify, and a preempted request that starts over are all the same thing.
+"""
+
+from __future__ import annotations
+
+import bisect
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from octavo.batch import PlannedRow, StepPlan
+from octavo.blocks import BlockManager
+from octavo.policies import FirstComeFirstServed, SchedulingPolicy
+from octavo.request import FinishReason, Request, RequestState
+
+
+@dataclass(frozen=True, slots=True)
+class SettledRow:
+    """What a step brought to one request: the tokens that count, and the reason if it ended."""
+
+    row: PlannedRow
+    token_ids: Sequence[int]
+    finish_reason: FinishReason | None
+
+
+class Scheduler:
+    """Owns the requests, the slots and, through the block manager, the blocks.
+
+    A request holds a slot (a row of the runner's device state) and blocks while it is running, and neither while it
+    waits. ``schedule`` may be called again before the last plan is settled: what is in flight is counted in the
+    requests' ``num_pending``, and whatever a finished or preempted request still has in flight is ignored when it
+    arrives.
+    """
+
+    def __init__(
+        self,
+        blocks: BlockManager,
+        *,
+        max_num_seqs: int,
+        max_num_batched_tokens: int,
+        max_num_partial_prefills: int = 4,
+        policy: SchedulingPolicy | None = None,
+    ) -> None:
+        self.blocks = blocks
+        self.max_num_seqs = max_num_seqs
+        self.max_num_batched_tokens = max_num_batched_tokens
+        self.max_num_partial_prefills = max_num_partial_prefills
+        self.policy = policy or FirstComeFirstServed()
+        self.waiting: list[Request] = []  # in the order of admission
+        self.running: dict[tuple[str, int], Request] = {}  # in the order they were admitted
+        self._free_slots = list(range(max_num_seqs - 1, -1, -1))
+        self._num_arrived = 0
+        # a few blocks stay free at admission, so that those already running do not give way at once
+        self._watermark = blocks.num_blocks // 100
+
+    # --- requests come and go ----------------------------------------------------------------------------------------
+
+    def add(self, request: Request) -> None:
+        """Queue a new request."""
+        request.sequence = self._num_arrived
+        self._num_arrived += 1
+        self._enqueue(request)
+
+    def find(self, request_id: str, index: int | None = None) -> list[Request]:
+        """The unfinished samples of a request, or the one with ``index``."""
+        everyone = [*self.running.values(), *self.waiting]
+        return [r for r in everyone if r.request_id == request_id and index in (None, r.index)]
+
+    def finish(self, request: Request, reason: FinishReason) -> None:
+        """End a request wherever it stands; it holds nothing afterwards."""
+        if request.state is RequestState.WAITING:
+            self.waiting.remove(request)
+        elif request.state is RequestState.RUNNING:
+            self._release(request)
+        request.state = RequestState.FINISHED
+        request.finish_reason = reason
+
+    @property
+    def has_work(self) -> bool:
+        """Whether any request is unfinished."""
+        return bool(self.running or self.waiting)
+
+    # --- the step ----------------------------------------------------------------------------------------------------
+
+    def schedule(self) -> StepPlan:
+        """Decide the next step. Running requests come first; then prompts, under way or new, share what is left.
+
+        Empty when nobody can go on: nothing is left to do, or what is in flight must be settled first.
+        """
+        draft = _Draft(self.max_num_batched_tokens)
+        self._plan_running(draft)
+        self._plan_prompts(draft)
+        return draft.plan()
+
+    def settle(self, plan: StepPlan, sampled: Sequence[Sequence[int]]) -> list[SettledRow]:
+        """Take in what the step sampled: for each row of the plan its new tokens (none if it did not sample).
+
+        Rows of requests that ended or were preempted meanwhile are handled here and nowhere else: an ended request
+        ignores its tokens; a preempted one keeps them, since they are what it would have sampled.
+        """
+        return [
+            settled for row, tokens in zip(plan.rows, sampled, strict=True) if (settled := self._settle(row, tokens))
+        ]
+
+    def check(self) -> None:
+        """Prove that no block or slot is lost and that states agree with places. Called by tests after every step."""
+        self.blocks.check([request.blocks for request in self.running.values()])
+        slots = [request.slot for request in self.running.values()]
+        assert sorted([*slots, *self._free_slots]) == list(range(self.max_num_seqs)), "a slot is lost or held twice"
+        for request in self.running.values():
+            assert request.state is RequestState.RUNNING, request
+            assert request.num_computed <= request.num_known, request
+            assert len(request.blocks) >= self.blocks.blocks_for(request.num_computed), request
+        for request in self.waiting:
+            assert request.state is RequestState.WAITING, request
+            assert not request.blocks, request
+            assert request.slot == -1, request
+            assert request.num_computed == 0, request
+
+    # --- planning ----------------------------------------------------------------------------------------------------
+
+    def _plan_running(self, draft: _Draft) -> None:
+        for request in list(self.running.values()):
+            if request.state is not RequestState.RUNNING or request.is_prefilling or not _can_go_on(request):
+                continue
+            drafts = request.drafts[: max(0, draft.budget - 1)]
+            if draft.budget == 0 or not self._make_room(request, request.num_known + len(drafts), draft):
+                continue
+            request.drafts = list(drafts)
+            draft.add(request, 1, drafts)
+
+    def _plan_prompts(self, draft: _Draft) -> None:
+        """Each prompt first gets at most a share of the budget, in order of admission, so that several long prompts
+        advance together and short ones pass; what is left then goes to the first that can use it."""
+        prompts = [request for request in self.running.values() if request.is_prefilling and _can_go_on(request)]
+        share = max(1, draft.budget // self.max_num_partial_prefills)
+        grants: dict[Request, int] = {}
+        num_partial = 0
+
+        def grant(request: Request) -> None:
+            nonlocal num_partial
+            grants[request] = min(request.num_to_compute, share, draft.budget)
+            draft.budget -= grants[request]
+            num_partial += grants[request] < request.num_to_compute
+
+        for request in prompts:
+            if draft.budget == 0:
+                break
+            grant(request)
+        # Who has just given way must not see others walk in: they would take the blocks it is waiting for.
+        for request in [] if draft.num_preempted else list(self.waiting):
+            if draft.budget == 0 or not self._free_slots:
+                break
+            if not self._may_start(request):
+                continue
+            if num_partial >= self.max_num_partial_prefills and request.num_known > share:
+                continue
+            if not self._admit(request, draft):
+                break
+            grant(request)
+        for request, granted in grants.items():
+            more = min(request.num_to_compute - granted, draft.budget)
+            draft.budget -= more
+            draft.append(request, granted + more)
+
+    def _make_room(self, request: Request, num_tokens: int, draft: _Draft) -> bool:
+        """Reserve blocks for ``num_tokens`` tokens, preempting others if need be; False if it gave way itself."""
+        while not self.blocks.reserve(request.blocks, num_tokens):
+            victim = self.policy.victim(list(self.running.values()))
+            draft.drop(victim)
+            self._preempt(victim)
+            if victim is request:
+                return False
+        return True
+
+    def _may_start(self, request: Request) -> bool:
+        """A preempted request waits for its last token; a fork waits for its prompt to be computed once."""
+        if request.num_pending:
+            return False
+        parent = request.fork_of
+        if parent is None or parent.state is RequestState.FINISHED or parent.num_preemptions:
+            return True
+        return parent.state is RequestState.RUNNING and parent.num_computed >= request.num_prompt
+
+    def _admit(self, request: Request, draft: _Draft) -> bool:
+        """Give a waiting request a slot and blocks for all its tokens; False, and nothing changed, if too few are free.
+
+        All at once rather than chunk by chunk: a prompt that has begun can then always be finished.
+        """
+        start = self._find_start(request, draft)
+        if start is None:
+            return False
+        table, num_computed, copies = start
+        needed = self.blocks.blocks_for(request.num_known + 1) - len(table)
+        reserve = self._watermark if self.running else 0
+        if needed + reserve > self.blocks.num_free or not self.blocks.reserve(table, request.num_known + 1):
+            self.blocks.release(table)
+            return False
+        draft.copies.extend(copies)
+        self.waiting.remove(request)
+        request.blocks = table
+        request.num_computed = num_computed
+        request.num_stored = num_computed // self.blocks.block_size
+        request.slot = self._free_slots.pop()
+        request.state = RequestState.RUNNING
+        if not request.scheduled_at:
+            request.scheduled_at = time.monotonic()
+            request.num_cached = num_computed
+        self.running[request.key] = request
+        return True
+
+    def _find_start(self, request: Request, draft: _Draft) -> tuple[list[int], int, list[tuple[int, int]]] | None:
+        """Blocks that hold the request's first tokens already: (table, number of those tokens, copies to make)."""
+        parent = request.fork_of
+        if parent is not None and parent.state is RequestState.RUNNING and request.num_output == 0:
+            # all but the last prompt token: that one is computed again, for logits of its own
+            forked = self.blocks.fork(parent.blocks, request.num_prompt - 1)
+            return None if forked is None else (forked[0], request.num_prompt - 1, forked[1])
+        if request.wants_prompt_logits:
+            return [], 0, []  # every position must be computed
+        table = self.blocks.lookup(request.tokens[:-1], request.salt)
+        num_found = len(table) * self.blocks.block_size
+        draft.num_prefix_queries += len(request.tokens)
+        draft.num_prefix_hits += num_found
+        return table, num_found, []
+
+    # --- settling ----------------------------------------------------------------------------------------------------
+
+    def _settle(self, row: PlannedRow, tokens: Sequence[int]) -> SettledRow | None:
+        request = row.request
+        if request.finished:
+            return None
+        current = row.epoch == request.num_preemptions  # not preempted since the step was launched
+        num_computed = row.end
+        if row.samples:
+            request.num_pending -= 1
+            num_computed += len(tokens) - 1 - len(row.drafts)
+        if row.drafts and current:
+            request.drafts = []
+            request.num_computed = num_computed
+        kept: list[int] = []
+        reason = None
+        for token in tokens:
+            kept.append(token)
+            reason = request.append(token)
+            if reason is not None:
+                break
+        if current:
+            num_computed = min(num_computed, len(request.tokens))
+            request.num_stored = self.blocks.store(
+                request.tokens, request.blocks, request.num_stored, num_computed, request.salt
+            )
+        if kept and not request.first_token_at:
+            request.first_token_at = time.monotonic()
+        if reason is not None:
+            self.finish(request, reason)
+        return SettledRow(row, kept, reason)
+
+    # --- moving requests ---------------------------------------------------------------------------------------------
+
+    def _preempt(self, request: Request) -> None:
+        """Back to the queue, all blocks given up; its tokens are kept and computed again later."""
+        self._release(request)
+        request.num_computed = 0
+        request.num_stored = 0
+        request.drafts = []
+        request.num_preemptions += 1
+        self._enqueue(request)
+
+    def _enqueue(self, request: Request) -> None:
+        request.state = RequestState.WAITING
+        bisect.insort(self.waiting, request, key=lambda r: (*self.policy.key(r), r.sequence))
+
+    def _release(self, request: Request) -> None:
+        del self.running[request.key]
+        self.blocks.release(request.blocks)
+        self._free_slots.append(request.slot)
+        request.slot = -1
+
+
+def _can_go_on(request: Request) -> bool:
+    """Whether the next token can be computed now, given what is in flight."""
+    if request.num_to_compute == 0 or not request.may_sample:
+        return False
+    if request.num_pending == 0:
+        return True
+    # Its newest token is on the device only; and how many drafts were accepted is known only when they are settled.
+    return not request.needs_history and not request.drafts
+
+
+class _Draft:
+    """A plan while it is made."""
+
+    def __init__(self, budget: int) -> None:
+        self.budget = budget
+        self.copies: list[tuple[int, int]] = []
+        self.num_preempted = 0
+        self.num_prefix_queries = 0
+        self.num_prefix_hits = 0
+        self._rows: dict[Request, PlannedRow] = {}
+
+    def add(self, request: Request, num_tokens: int, drafts: Sequence[int]) -> None:
+        self.budget -= num_tokens + len(drafts)
+        self.append(request, num_tokens, drafts)
+
+    def append(self, request: Request, num_tokens: int, drafts: Sequence[int] = ()) -> None:
+        start = request.num_computed
+        samples = start + num_tokens == request.num_known
+        self._rows[request] = PlannedRow(
+            request, start, num_tokens + len(drafts), samples, tuple(drafts), request.num_preemptions
+        )
+        request.num_computed = start + num_tokens
+        request.num_pending += samples
+
+    def drop(self, request: Request) -> None:
+        """The request gave way: take back what was planned for it in this step."""
+        self.num_preempted += 1
+        row = self._rows.pop(request, None)
+        if row is not None:
+            self.budget += row.num_tokens
+            request.num_pending -= row.samples
+
+    def plan(self) -> StepPlan:
+        # single tokens first: backends may treat them apart
+        rows = sorted(self._rows.values(), key=lambda row: row.num_tokens > 1)
+        return StepPlan(rows, self.copies, self.num_preempted, self.num_prefix_queries, self.num_prefix_hits)

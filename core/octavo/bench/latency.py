@@ -52,7 +52,9 @@ def run(args: argparse.Namespace, config: EngineConfig) -> int:
     batches: list[float] = []
     steps: list[float] = []
     with LLM.from_config(config) as llm:
-        for iteration in tqdm(range(-args.num_iters_warmup, args.num_iters), disable=args.disable_tqdm, unit="round"):
+        for iteration in tqdm(
+            range(-args.num_iters_warmup, args.num_iters), disable=args.disable_tqdm or None, unit="round"
+        ):
             prompts = random_requests(
                 args.batch_size,
                 input_len=args.input_len,

@@ -148,7 +148,7 @@ async def _measure(
         if not result.completed:
             raise ConfigError(f"the warm-up request failed, nothing was measured: {result.error}")
     arrivals = arrival_times(len(requests), args.request_rate, args.burstiness, args.seed)
-    with tqdm(total=len(requests), unit="request", disable=args.disable_tqdm) as progress:
+    with tqdm(total=len(requests), unit="request", disable=args.disable_tqdm or None) as progress:
         return await client.drive(
             target,
             requests,

@@ -87,14 +87,20 @@ class Parser(argparse.ArgumentParser):
         return f"unknown option {flag}" + (f"; did you mean {near[0]}?" if near else "")
 
 
-def _early_options(words: Sequence[str]) -> argparse.Namespace:
+def _early_parser() -> argparse.ArgumentParser:
     """The options that decide which other options there are."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    parser.add_argument("--plugins")
-    parser.add_argument("--prefer", action="append", default=[])
-    parser.add_argument("--debug", action="store_true")
+    parser.add_argument("--plugins", metavar="LIST", help="plugins to use beside the defaults, separated by commas")
+    parser.add_argument(
+        "--prefer", action="append", default=[], metavar="NAME=DISTRIBUTION", help="who wins when two provide one name"
+    )
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    return parser
+
+
+def _early_options(words: Sequence[str]) -> argparse.Namespace:
     try:
-        return parser.parse_known_args(words)[0]
+        return _early_parser().parse_known_args(words)[0]
     except argparse.ArgumentError:  # a value is missing: the full parser says so
         return argparse.Namespace(plugins=None, prefer=[], debug="--debug" in words)
 
@@ -124,7 +130,7 @@ def _parser(words: Sequence[str], early: argparse.Namespace) -> Parser:
     for name, add_arguments in (host.mappings("octavo_commands") if host else {}).items():
         if name in COMMANDS or name in GROUPS:
             raise PluginError(f"a plugin provides the command '{name}', which Octavo has itself; leave the plugin out")
-        leaf = groups[""].add_parser(name, parents=[everywhere])
+        leaf = groups[""].add_parser(name, parents=[_early_parser()])
         add_arguments(leaf)
         leaf.set_defaults(start=_plugin_start)
     return parser

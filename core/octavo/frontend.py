@@ -247,10 +247,12 @@ class _OpenRequest:
     def push(self, output: SequenceOutput) -> CompletionDelta | None:
         """What a step brought to one sample; None when there is nothing to tell yet."""
         self.num_cached = max(self.num_cached, output.num_cached_tokens)
-        self.num_output += len(output.token_ids)
         sample = self.samples[output.index]
         delta = sample.push(output, self._prompt_logprobs(output.prompt_logprobs))
-        if delta is not None and delta.finish_reason is not None:
+        if delta is None:
+            return None
+        self.num_output += len(delta.token_ids)
+        if delta.finish_reason is not None:
             self.finished.add(output.index)
             self.timing = delta.timing
         return delta
@@ -320,7 +322,8 @@ class _Sample:
         """See :meth:`_OpenRequest.push`."""
         if output.token_ids and not self.first_token_at:
             self.first_token_at = time.monotonic()
-        reason, stop_reason, timing = output.finish_reason, output.stop_token_id, output.timing
+        reason, timing = output.finish_reason, output.timing
+        stop_reason: str | int | None = output.stop_token_id
         if self._stops is None and output.logprobs is None:  # nothing is ever held back
             text, token_ids, logprobs = self._decode_all(output), output.token_ids, None
         else:
@@ -360,7 +363,8 @@ class _Sample:
     def _decode_all(self, output: SequenceOutput) -> str:
         shown = self._num_shown(output)
         text = self._detokenizer.push(output.token_ids[:shown])
-        return text if output.finish_reason is None else text + self._detokenizer.flush()
+        ended = output.finish_reason is not None and bool(output.token_ids)
+        return text + self._detokenizer.flush() if ended else text
 
     def _take(self, output: SequenceOutput) -> str | None:
         """Decode token by token into ``_waiting``; returns the stop string at which it stopped taking."""

@@ -70,9 +70,7 @@ class Run:
         self.summaries: list[Any] = []
         self.steps: list[StepStats] = []
         self.deltas: list[CompletionDelta] = []
-        self.frontend = Frontend(
-            self.engine, processor(), on_finished=self.summaries.append, on_step=self.steps.append
-        )
+        self.frontend = Frontend(self.engine, processor(), on_finished=self.summaries.append, on_step=self.steps.append)
         self.frontend.start()
 
     def submit(self, prompt: list[int] | None = None, **params: Any) -> str:
@@ -93,7 +91,7 @@ class Run:
         return [token for delta in self.deltas if delta.index == index for token in delta.token_ids]
 
 
-@pytest.fixture()
+@pytest.fixture
 def run() -> Run:
     return Run()
 

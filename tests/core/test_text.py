@@ -45,7 +45,26 @@ def byte_level() -> PreTrainedTokenizerFast:
 @functools.cache
 def sentencepiece() -> PreTrainedTokenizerFast:
     words = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
-    words += ["▁", "h", "e", "l", "o", "w", "r", "d", "▁h", "▁w", "el", "lo", "▁hel", "▁hello", "or", "ld", "▁wor", "▁world"]
+    words += [
+        "▁",
+        "h",
+        "e",
+        "l",
+        "o",
+        "w",
+        "r",
+        "d",
+        "▁h",
+        "▁w",
+        "el",
+        "lo",
+        "▁hel",
+        "▁hello",
+        "or",
+        "ld",
+        "▁wor",
+        "▁world",
+    ]
     merges = [("▁", "h"), ("▁", "w"), ("e", "l"), ("l", "o"), ("▁h", "el"), ("▁hel", "lo"), ("o", "r"), ("l", "d")]
     merges += [("▁w", "or"), ("▁wor", "ld")]
     model = models.BPE({word: i for i, word in enumerate(words)}, merges, byte_fallback=True, unk_token="<unk>")
@@ -319,7 +338,9 @@ def test_stop_strings_are_found_however_the_text_is_cut(text: str, stops: list[s
         if matched is not None:
             break
         held = text[len(shown) : end]
-        could_begin = [n for n in range(end + 1) if any(s.startswith(text[end - n : end]) and n < len(s) for s in stops)]
+        could_begin = [
+            n for n in range(end + 1) if any(s.startswith(text[end - n : end]) and n < len(s) for s in stops)
+        ]
         assert len(held) == max(could_begin), "exactly the longest suffix that begins a stop string is held"
     if matched is None:
         shown += finder.flush()

@@ -130,8 +130,8 @@ class GGUFFile:
         return name, shape, self._number(4), self._number(10)
 
     def _locate(self, places: list[tuple[str, tuple[int, ...], int, int]]) -> dict[str, GGUFTensor]:
-        alignment = int(self.metadata.get("general.alignment", DEFAULT_ALIGNMENT))
-        if alignment < 1:
+        alignment = self.metadata.get("general.alignment", DEFAULT_ALIGNMENT)
+        if not isinstance(alignment, int) or alignment < 1:
             raise CheckpointError(f"{self.path} has general.alignment {alignment}; the file is broken")
         start = -(-self._at // alignment) * alignment
         tensors = {}

@@ -88,7 +88,7 @@ class Frontend:
             EngineDead: the engine has stopped.
         """
         prompt = list(prompt_token_ids)
-        params = self._checked(prompt, params)
+        params = self.checked(prompt, params)
         request_id = request_id or uuid.uuid4().hex
         submit = Submit(
             request_id=request_id,
@@ -121,6 +121,38 @@ class Frontend:
         """
         if request_id in self._open:
             self.client.abort(request_id)
+
+    def checked(self, prompt: Sequence[int], params: SamplingParams) -> SamplingParams:
+        """The parameters with ``max_tokens`` settled.
+
+        Raises:
+            RequestError: the request is one that the engine must never see; names the field and the limit.
+        """
+        vocab_size, max_model_len = self.client.info.vocab_size, self.client.info.max_model_len
+        if not prompt:
+            raise RequestError("the prompt is empty; it must hold at least one token", param="prompt")
+        _require_tokens("the prompt", prompt, vocab_size, "prompt")
+        _require_tokens("logit_bias", params.logit_bias or (), vocab_size, "logit_bias")
+        _require_tokens("allowed_token_ids", params.allowed_token_ids or (), vocab_size, "allowed_token_ids")
+        _require_tokens("stop_token_ids", params.stop_token_ids, vocab_size, "stop_token_ids")
+        room = max_model_len - len(prompt)
+        if room < 1:
+            raise RequestError(
+                f"the prompt has {len(prompt)} tokens, but the context holds {max_model_len} and at least one must be "
+                f"left for the answer; shorten the prompt",
+                param="prompt",
+                code="context_length_exceeded",
+            )
+        if params.max_tokens is None:
+            return params.replace(max_tokens=room)
+        if params.max_tokens > room:
+            raise RequestError(
+                f"the prompt has {len(prompt)} tokens and max_tokens asks for {params.max_tokens} more, but the "
+                f"context holds {max_model_len}; shorten the prompt or set max_tokens to at most {room}",
+                param="max_tokens",
+                code="context_length_exceeded",
+            )
+        return params
 
     # --- from the client's thread ------------------------------------------------------------------------------------
 
@@ -170,34 +202,6 @@ class Frontend:
     def _report(self, summary: RequestSummary) -> None:
         if self._on_finished is not None:
             self._on_finished(summary)
-
-    def _checked(self, prompt: list[int], params: SamplingParams) -> SamplingParams:
-        """The parameters with ``max_tokens`` settled; raises RequestError for what the engine must never see."""
-        vocab_size, max_model_len = self.client.info.vocab_size, self.client.info.max_model_len
-        if not prompt:
-            raise RequestError("the prompt is empty; it must hold at least one token", param="prompt")
-        _require_tokens("the prompt", prompt, vocab_size, "prompt")
-        _require_tokens("logit_bias", params.logit_bias or (), vocab_size, "logit_bias")
-        _require_tokens("allowed_token_ids", params.allowed_token_ids or (), vocab_size, "allowed_token_ids")
-        _require_tokens("stop_token_ids", params.stop_token_ids, vocab_size, "stop_token_ids")
-        room = max_model_len - len(prompt)
-        if room < 1:
-            raise RequestError(
-                f"the prompt has {len(prompt)} tokens, but the context holds {max_model_len} and at least one must be "
-                f"left for the answer; shorten the prompt",
-                param="prompt",
-                code="context_length_exceeded",
-            )
-        if params.max_tokens is None:
-            return params.replace(max_tokens=room)
-        if params.max_tokens > room:
-            raise RequestError(
-                f"the prompt has {len(prompt)} tokens and max_tokens asks for {params.max_tokens} more, but the "
-                f"context holds {max_model_len}; shorten the prompt or set max_tokens to at most {room}",
-                param="max_tokens",
-                code="context_length_exceeded",
-            )
-        return params
 
 
 def _call_sinks(deliveries: list[Delivery]) -> None:

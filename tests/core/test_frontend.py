@@ -26,8 +26,7 @@ TIMING = Timing(1.0, 2.0, 3.0, 4.0)
 @functools.cache
 def processor() -> TextProcessor:
     """Token ids are bytes, and 256 ends a sequence."""
-    vocabulary = {character: byte for character, byte in byte_level_alphabet().items()}
-    tokenizer = Tokenizer(models.BPE(vocabulary, []))
+    tokenizer = Tokenizer(models.BPE(byte_level_alphabet(), []))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens(["<|end|>"])

@@ -188,7 +188,7 @@ def test_special_tokens_are_hidden_and_plain_added_tokens_are_not() -> None:
 
 
 def test_a_tokenizer_without_the_fast_backend_is_refused() -> None:
-    with pytest.raises(ConfigError, match="tokenizer.json"):
+    with pytest.raises(ConfigError, match=r"tokenizer\.json"):
         TextProcessor(object())  # type: ignore[arg-type]
 
 

@@ -247,7 +247,7 @@ class GGUFCheckpoint:
         return None if value is None else int(value)
 
     def _stored_dtype(self) -> str:
-        """The dtype to compute in where the device leaves the choice: the matrices' own, bfloat16 for quantized ones."""
+        """The dtype to compute in where the device leaves the choice: the matrices' own; quantized ones: bfloat16."""
         kinds = {tensor.type.name for tensor in self._file.tensors.values() if len(tensor.shape) > 1}
         return {frozenset({"F32"}): "float32", frozenset({"F16"}): "float16"}.get(frozenset(kinds), "bfloat16")
 

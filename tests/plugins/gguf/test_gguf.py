@@ -302,7 +302,7 @@ def test_rope_scaling_of_every_kind(path: Path) -> None:
     write(path, scaled(gguf.RopeScalingType.YARN))
     assert GGUFCheckpoint(path).config()["rope_scaling"]["original_max_position_embeddings"] == 64
     write(path, scaled(gguf.RopeScalingType.LONGROPE))
-    with pytest.raises(CheckpointError, match="longrope.*known"):
+    with pytest.raises(CheckpointError, match=r"longrope.*known"):
         GGUFCheckpoint(path).config()
 
 

@@ -97,7 +97,7 @@ def _k_quant(blocks: Blocks, values: Floats) -> Floats:
 
 def _k_nibbles(packed: Blocks) -> Blocks:
     """[num_blocks, 128] -> [num_blocks, 8, 32]: 32 low halves, then the 32 high halves of the same bytes."""
-    halves = (packed.reshape(-1, 4, 1, 32) >> _HALVES[:, None]) & 0x0F
+    halves: Blocks = (packed.reshape(-1, 4, 1, 32) >> _HALVES[:, None]) & np.uint8(0x0F)
     return halves.reshape(-1, 8, 32)
 
 

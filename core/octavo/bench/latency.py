@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from tqdm import tqdm
 
@@ -14,6 +14,9 @@ from octavo.bench.metrics import distribution, parse_percentiles
 from octavo.bench.throughput import WARMUP_SEED, generate
 from octavo.config import EngineConfig
 from octavo.errors import ConfigError
+
+if TYPE_CHECKING:
+    from octavo.llm import LLM
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -51,7 +54,7 @@ def run(args: argparse.Namespace, config: EngineConfig) -> int:
 
     batches: list[float] = []
     steps: list[float] = []
-    with LLM.from_config(config) as llm:
+    with LLM(config=config) as llm:
         for iteration in tqdm(
             range(-args.num_iters_warmup, args.num_iters), disable=args.disable_tqdm or None, unit="round"
         ):
@@ -59,7 +62,7 @@ def run(args: argparse.Namespace, config: EngineConfig) -> int:
                 args.batch_size,
                 input_len=args.input_len,
                 output_len=args.output_len,
-                vocab_size=llm.info.vocab_size,
+                vocab_size=llm.client.info.vocab_size,
                 seed=WARMUP_SEED + iteration,  # prompts that no earlier round has left in the prefix cache
             )
             batch, step = _round(llm, prompts, args.short_output_len)
@@ -80,7 +83,7 @@ def run(args: argparse.Namespace, config: EngineConfig) -> int:
     return 0
 
 
-def _round(llm: Any, prompts: list[BenchRequest], short_len: int) -> tuple[float, float]:
+def _round(llm: LLM, prompts: list[BenchRequest], short_len: int) -> tuple[float, float]:
     """Seconds for the batch with new prompts, and for one decode step: (long - short) / difference in tokens, of runs
     that find the same prompts computed alike."""
     long_len = prompts[0].num_output_tokens

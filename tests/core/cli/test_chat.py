@@ -139,7 +139,7 @@ class FakeEngine:
     def __init__(self, *deltas: CompletionDelta) -> None:
         self.deltas = deltas
         self.aborted: list[str] = []
-        self.text = self.frontend = self
+        self.text = self.frontend = self.client = self
 
     def encode_chat(self, messages: Sequence[Message]) -> list[int]:
         return [len(messages)]

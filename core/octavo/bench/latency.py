@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import msgspec
 from tqdm import tqdm
 
 from octavo.bench import report
@@ -69,6 +70,7 @@ def run(args: argparse.Namespace, config: EngineConfig) -> int:
             if iteration >= 0:
                 batches.append(batch)
                 steps.append(step)
+        info = llm.client.info
     result = {"batch": distribution(batches, percentiles), "decode_step": distribution(steps, percentiles)}
     print(
         f"{args.batch_size} prompts of {args.input_len} tokens, {args.output_len} tokens out, {args.num_iters} rounds"
@@ -78,7 +80,7 @@ def run(args: argparse.Namespace, config: EngineConfig) -> int:
         print(f"{label:<24}" + "".join(f"{value:>10.2f}" for value in result[name].values()))
     if args.save_result is not None:
         arguments = {name: value for name, value in vars(args).items() if name not in ("start", "debug")}
-        report.save(args.save_result, "bench latency", arguments, result)
+        report.save(args.save_result, "bench latency", arguments, {"engine": msgspec.to_builtins(info), **result})
         print(f"wrote {args.save_result}")
     return 0
 

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import msgspec
 from tqdm import tqdm
 
 from octavo.bench import report, workload
@@ -49,12 +50,12 @@ def run(args: argparse.Namespace, config: EngineConfig) -> int:
         warmup = random_requests(1, input_len=16, output_len=16, vocab_size=size, seed=WARMUP_SEED)
         generate(llm, warmup, progress=False)
         seconds, num_output = generate(llm, requests, progress=progress)
-        dtype, device = llm.client.info.dtype, llm.client.info.device
-    result: dict[str, Any] = {"octavo": figures(requests, num_output, seconds)}
+        info = llm.client.info
+    result: dict[str, Any] = {"engine": msgspec.to_builtins(info), "octavo": figures(requests, num_output, seconds)}
     print(table("octavo", result["octavo"]))
     if args.hf:
         seconds, num_output = generate_with_transformers(
-            config, requests, args.hf_batch_size, dtype, device, progress=progress
+            config, requests, args.hf_batch_size, info.dtype, info.device, progress=progress
         )
         result["transformers"] = figures(requests, num_output, seconds)
         result["ratio"] = result["octavo"]["output_throughput"] / result["transformers"]["output_throughput"]
@@ -105,6 +106,7 @@ def generate_with_transformers(
         raise ConfigError(f"--hf: Transformers cannot load {path}: {error}") from error
     model = model.to(device).eval()
     model.generation_config.eos_token_id = None  # every answer to its full length
+    model.generate(input_ids=torch.ones(1, 16, dtype=torch.long, device=device), max_new_tokens=16, pad_token_id=0)
     batches = [requests[start : start + batch_size] for start in range(0, len(requests), batch_size)]
     started = time.perf_counter()
     with torch.inference_mode():

@@ -24,7 +24,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-
 from octavo.config import DType, EngineConfig
 from octavo.engine import Engine
 from octavo.messages import Submit

@@ -88,7 +88,7 @@ class Frontend:
             EngineDead: the engine has stopped.
         """
         prompt = list(prompt_token_ids)
-        params = self._checked(prompt, params)
+        params = self.checked(prompt, params)
         request_id = request_id or uuid.uuid4().hex
         submit = Submit(
             request_id=request_id,
@@ -171,8 +171,12 @@ class Frontend:
         if self._on_finished is not None:
             self._on_finished(summary)
 
-    def _checked(self, prompt: list[int], params: SamplingParams) -> SamplingParams:
-        """The parameters with ``max_tokens`` settled; raises RequestError for what the engine must never see."""
+    def checked(self, prompt: Sequence[int], params: SamplingParams) -> SamplingParams:
+        """The parameters with ``max_tokens`` settled.
+
+        Raises:
+            RequestError: the request is one that the engine must never see; names the field and the limit.
+        """
         vocab_size, max_model_len = self.client.info.vocab_size, self.client.info.max_model_len
         if not prompt:
             raise RequestError("the prompt is empty; it must hold at least one token", param="prompt")

@@ -12,10 +12,10 @@ from tqdm import tqdm
 from octavo.client import EngineClient, ThreadClient
 from octavo.config import EngineConfig
 from octavo.default_model import find_default_model
-from octavo.errors import ConfigError, EngineDead, RequestError
-from octavo.frontend import Collector, Frontend
+from octavo.errors import ConfigError, RequestError
+from octavo.frontend import Collector, Frontend, Sink
 from octavo.outputs import CompletionDelta, RequestOutput
-from octavo.request import FinishReason, SamplingParams
+from octavo.request import SamplingParams
 from octavo.startup import resolve
 from octavo.text import TextProcessor
 
@@ -41,13 +41,13 @@ class LLM:
         if config is not None and (model is not None or options):
             raise ConfigError("give LLM either a config or a model with options, not both")
         if config is None:
-            unknown = sorted(set(options) - {field for field in EngineConfig.__dataclass_fields__})
+            unknown = sorted(set(options) - set(EngineConfig.__dataclass_fields__))
             if unknown:
                 known = ", ".join(EngineConfig.__dataclass_fields__)
                 raise ConfigError(f"LLM has no option {', '.join(unknown)}; there are: {known}")
-            config = EngineConfig(model=model or str(find_default_model()), **options)
+            config = EngineConfig(model=model or find_default_model(), **options)
         resolved = resolve(config)
-        self.text = TextProcessor.from_checkpoint(resolved)
+        self.text = TextProcessor.from_checkpoint(resolved.checkpoint)
         self.client: EngineClient = ThreadClient(resolved)
         self.frontend = Frontend(self.client, self.text)
         self.frontend.start()
@@ -100,41 +100,36 @@ class LLM:
     def _run(
         self, prompts: list[list[int]], texts: list[str | None], params: list[SamplingParams], use_tqdm: bool
     ) -> list[RequestOutput]:
-        deltas: queue.SimpleQueue[tuple[int, CompletionDelta]] = queue.SimpleQueue()
-
-        def sink_of(number: int) -> Any:
-            return lambda delta: deltas.put((number, delta))
-
         for prompt, one in zip(prompts, params, strict=True):
-            self.frontend.check(prompt, one)
+            self.frontend.checked(prompt, one)
+        finished: queue.SimpleQueue[Collector] = queue.SimpleQueue()
+        collectors = [Collector(prompt, one.n, text) for prompt, one, text in zip(prompts, params, texts, strict=True)]
         request_ids = [
-            self.frontend.submit(prompt, one, sink_of(number))
-            for number, (prompt, one) in enumerate(zip(prompts, params, strict=True))
+            self.frontend.submit(prompt, one, _sink(collector, finished))
+            for prompt, one, collector in zip(prompts, params, collectors, strict=True)
         ]
-        collectors = [
-            Collector(request_id, prompt, one, text)
-            for request_id, prompt, one, text in zip(request_ids, prompts, params, texts, strict=True)
-        ]
-        remaining = len(prompts)
         started, num_tokens = time.perf_counter(), 0
-        progress = tqdm(total=remaining, desc="prompts", disable=not use_tqdm, dynamic_ncols=True)
-        with progress:
-            try:
-                while remaining:
-                    number, delta = deltas.get()
-                    if delta.finish_reason is FinishReason.ERROR:
-                        raise self.client.dead or EngineDead(delta.error or "the engine failed")
-                    num_tokens += len(delta.token_ids)
-                    if collectors[number].push(delta):
-                        remaining -= 1
-                        seconds = time.perf_counter() - started
-                        progress.set_postfix_str(f"{num_tokens / seconds:.1f} tok/s", refresh=False)
-                        progress.update()
-            except BaseException:  # whatever interrupts the caller must not leave requests running
-                for request_id in request_ids:
-                    self.frontend.abort(request_id)
-                raise
-        return [collector.output for collector in collectors]
+        try:
+            with tqdm(total=len(prompts), desc="prompts", disable=not use_tqdm, dynamic_ncols=True) as progress:
+                for _ in prompts:
+                    collector = finished.get()
+                    num_tokens += sum(len(output.token_ids) for output in collector.result().outputs)
+                    progress.set_postfix_str(f"{num_tokens / (time.perf_counter() - started):.1f} tok/s", refresh=False)
+                    progress.update()
+        except BaseException:  # whatever interrupts the caller must not leave requests running
+            for request_id in request_ids:
+                self.frontend.abort(request_id)
+            raise
+        return [collector.result(request_id) for request_id, collector in zip(request_ids, collectors, strict=True)]
+
+
+def _sink(collector: Collector, finished: queue.SimpleQueue[Collector]) -> Sink:
+    def push(delta: CompletionDelta) -> None:
+        collector.push(delta)
+        if collector.finished:
+            finished.put(collector)
+
+    return push
 
 
 def _listed(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
@@ -143,9 +138,7 @@ def _listed(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
     return list(prompts)  # type: ignore[arg-type]
 
 
-def _params_for(
-    count: int, params: SamplingParams | Sequence[SamplingParams] | None
-) -> list[SamplingParams]:
+def _params_for(count: int, params: SamplingParams | Sequence[SamplingParams] | None) -> list[SamplingParams]:
     if params is None:
         return [SamplingParams()] * count
     if isinstance(params, SamplingParams):

@@ -195,6 +195,19 @@ def resolve_model_path(model: str, revision: str | None = None, *, weights: bool
         ) from error
 
 
+class NoWeights:
+    """The weights of a checkpoint of which only the configuration is used."""
+
+    def names(self) -> Collection[str]:
+        return ()
+
+    def info(self, name: str) -> TensorInfo:
+        raise missing_tensor(name, (), "a dummy checkpoint")
+
+    def read(self, name: str, index: tuple[slice, ...] = ()) -> Tensor:
+        raise missing_tensor(name, (), "a dummy checkpoint")
+
+
 class CheckpointLoader:
     """Hands layers the tensors they ask for, on the device; see :class:`octavo.interfaces.LayerLoader`."""
 

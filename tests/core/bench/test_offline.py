@@ -14,7 +14,6 @@ from octavo import SamplingParams
 from octavo.bench import latency, throughput
 from octavo.bench.datasets import BenchRequest, random_requests
 from octavo.cli import main
-from transformers import LlamaConfig
 
 
 class PacedEngine:
@@ -58,32 +57,6 @@ def test_a_decode_step_is_the_difference_between_a_long_and_a_short_run() -> Non
     batch, step = latency._round(engine, prompts, 1)  # type: ignore[arg-type]
     assert batch == pytest.approx(0.102, rel=0.3)  # 41 steps and the new prompts
     assert step == pytest.approx(0.002, rel=0.3)  # without them
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A configuration and a tokenizer of single bytes; weights are invented."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    folder = tmp_path_factory.mktemp("model")
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(models.BPE(vocab={char: i for i, char in enumerate(alphabet)}, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(folder)
-    config = LlamaConfig(
-        architectures=["LlamaForCausalLM"],
-        vocab_size=256,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        max_position_embeddings=128,
-    )
-    config.save_pretrained(folder)
-    return str(folder)
 
 
 TINY = ["--load-format", "dummy", "--num-blocks", "64", "--dtype", "float32", "--disable-tqdm"]

@@ -197,3 +197,12 @@ def test_only_sampling_options_that_differ_from_a_servers_defaults_are_sent(
         "temperature": 0.5,
         "stop": ["x"],
     }
+
+
+def test_a_tiny_model_chats(model: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr("sys.stdin", io.StringIO("hi\nmore\n/exit\n"))
+    assert main(["chat", model, "--load-format", "dummy", "--num-blocks", "64", "--max-tokens", "5"]) == 0
+    output = capsys.readouterr().out
+    assert "up to 128 tokens" in output
+    assert output.count("> ") == 3
+    assert "[" not in output  # no error

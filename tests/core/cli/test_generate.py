@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 from pathlib import Path
 
 import pytest
@@ -70,3 +71,15 @@ def test_results_are_never_overwritten(tmp_path: Path, capsys: pytest.CaptureFix
 def test_sampling_values_are_checked_before_the_model_is_loaded(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["generate", "no/such", "--prompt", "x", "--temperature", "-1"]) == 2
     assert "temperature must be between" in capsys.readouterr().err
+
+
+def test_a_tiny_model_completes_prompts_into_json_lines(model: str, tmp_path: Path) -> None:
+    file = tmp_path / "out.jsonl"
+    engine = ["--load-format", "dummy", "--num-blocks", "64"]
+    sampling = ["--max-tokens", "5", "--n", "2", "--ignore-eos", "--chat"]
+    words = ["--prompt", "one", "--prompt", "three", "--output", str(file)]
+    assert main(["generate", model, *engine, *sampling, *words]) == 0
+    records = [json.loads(line) for line in file.read_text().splitlines()]
+    assert [(record["prompt"], record["num_prompt_tokens"]) for record in records] == [("one", 3), ("three", 5)]
+    for record in records:
+        assert [(sample["index"], sample["num_tokens"]) for sample in record["outputs"]] == [(0, 5), (1, 5)]

@@ -60,7 +60,8 @@ class SafetensorsWeights:
             except (SafetensorError, OSError) as error:
                 raise CheckpointError(f"{file} is not a complete safetensors file: {error}; fetch it again") from error
             self._files[str(file)] = opened
-            for name in opened.keys():  # noqa: SIM118 - safe_open is no mapping
+            names: list[str] = opened.keys()  # type: ignore[no-untyped-call]
+            for name in names:
                 if name in self._owner:
                     raise CheckpointError(f"tensor '{name}' is in both {self._owner[name]} and {file}; remove one file")
                 self._owner[name] = file
@@ -158,7 +159,7 @@ def open_checkpoint(path: Path, formats: Iterable[type[WeightFormat]]) -> Checkp
     Raises:
         CheckpointError: none does; says what was looked for.
     """
-    tried = [HuggingFaceFormat, *formats]
+    tried: list[type[WeightFormat]] = [HuggingFaceFormat, *formats]
     for kind in tried:
         if kind.accepts(path):
             return kind.open(path)
@@ -192,6 +193,19 @@ def resolve_model_path(model: str, revision: str | None = None, *, weights: bool
         raise CheckpointError(
             f"model '{model}' is not a folder here and could not be fetched from the hub: {error}"
         ) from error
+
+
+class NoWeights:
+    """The weights of a checkpoint of which only the configuration is used."""
+
+    def names(self) -> Collection[str]:
+        return ()
+
+    def info(self, name: str) -> TensorInfo:
+        raise missing_tensor(name, (), "a dummy checkpoint")
+
+    def read(self, name: str, index: tuple[slice, ...] = ()) -> Tensor:
+        raise missing_tensor(name, (), "a dummy checkpoint")
 
 
 class CheckpointLoader:

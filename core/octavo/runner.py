@@ -6,6 +6,7 @@ reads the rest where it lies, and writes sampled tokens there, so that the next 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -124,7 +125,7 @@ class Runner:
         self.processors = processors
         self._sample = sample
         device = placement.device
-        self.kv = [torch.zeros(backend.kv_shape(spec, num_blocks), dtype=kv_dtype, device=device) for spec in specs]
+        self.kv = [_zeros(backend.kv_shape(spec, num_blocks), kv_dtype, device) for spec in specs]
         # one column more than a sequence can have tokens: the last sampled token of a full one lands there
         self._tokens = DeviceTable(max_num_seqs, max_model_len + 1, torch.int64, device)
         self._blocks = DeviceTable(max_num_seqs, -(-max_model_len // block_size) + 1, torch.int32, device)
@@ -332,6 +333,13 @@ class _RowArrays:
             sampled_positions=ends[sampled] + offset + 1,
             logit_tokens=query_start[sampled + 1] + offset,
         )
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Zeros; on a CPU from pages that the system clears when they are first touched, so that unused ones cost nothing."""
+    if device.type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    return torch.from_numpy(np.zeros(math.prod(shape) * dtype.itemsize, np.uint8)).view(dtype).view(shape)
 
 
 def _to_device(array: np.ndarray, device: torch.device) -> Tensor:

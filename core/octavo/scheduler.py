@@ -178,13 +178,13 @@ class Scheduler:
         return True
 
     def _may_start(self, request: Request) -> bool:
-        """A preempted request waits for its last token; a fork waits for its prompt to be computed once."""
+        """A preempted request waits for its last token; a fork waits while its prompt is computed for another."""
         if request.num_pending:
             return False
         parent = request.fork_of
-        if parent is None or parent.state is RequestState.FINISHED or parent.num_preemptions:
+        if parent is None or parent.num_preemptions or parent.finished:
             return True
-        return parent.state is RequestState.RUNNING and parent.num_computed >= request.num_prompt
+        return _can_fork(request)
 
     def _admit(self, request: Request, draft: _Draft) -> bool:
         """Give a waiting request a slot and blocks for all its tokens; False, and nothing changed, if too few are free.
@@ -216,7 +216,7 @@ class Scheduler:
     def _find_start(self, request: Request, draft: _Draft) -> tuple[list[int], int, list[tuple[int, int]]] | None:
         """Blocks that hold the request's first tokens already: (table, number of those tokens, copies to make)."""
         parent = request.fork_of
-        if parent is not None and parent.state is RequestState.RUNNING and request.num_output == 0:
+        if parent is not None and _can_fork(request):
             # all but the last prompt token: that one is computed again, for logits of its own
             forked = self.blocks.fork(parent.blocks, request.num_prompt - 1)
             return None if forked is None else (forked[0], request.num_prompt - 1, forked[1])
@@ -290,6 +290,17 @@ def _can_go_on(request: Request) -> bool:
         return True
     # Its newest token is on the device only; and how many drafts were accepted is known only when they are settled.
     return not request.needs_history and not request.drafts
+
+
+def _can_fork(request: Request) -> bool:
+    """Whether the whole prompt lies computed in the blocks of the sample that this one forks from."""
+    parent = request.fork_of
+    return (
+        parent is not None
+        and parent.state is RequestState.RUNNING
+        and parent.num_computed >= request.num_prompt
+        and request.num_output == 0
+    )
 
 
 class _Draft:

@@ -19,14 +19,15 @@ from octavo.config import EngineConfig
 from octavo.engine import Engine
 from octavo.errors import ConfigError
 from octavo.hooks import KernelProvider, Provider
-from octavo.interfaces import AttentionNeed, Checkpoint, LayerLoader, Model, Placement
+from octavo.interfaces import AttentionNeed, Checkpoint, Placement
 from octavo.layers.activation import TorchSiluAndMul
 from octavo.layers.builder import Builder
-from octavo.layers.linear import Linear, TorchLinear
+from octavo.layers.linear import TorchLinear
 from octavo.layers.norm import TorchRMSNorm
 from octavo.loader import (
     CheckpointLoader,
     DummyLoader,
+    NoWeights,
     choose_dtype,
     open_checkpoint,
     resolve_model_path,
@@ -150,16 +151,13 @@ def build_engine(resolved: Resolved) -> Engine:
     assert max_model_len is not None  # resolve() filled it in
 
     with clock.measure("weights"):
-        weights = None if config.load_format == "dummy" else resolved.checkpoint.weights()
-        load: LayerLoader
-        if weights is None:
-            load = DummyLoader(placement, operations)
-        else:
-            load = CheckpointLoader(weights, placement, operations)
+        dummy = config.load_format == "dummy"
+        weights = NoWeights() if dummy else resolved.checkpoint.weights()
+        load = DummyLoader(placement, operations) if dummy else CheckpointLoader(weights, placement, operations)
         quantization = resolve_quantization(resolved.checkpoint, config.quantization, host.quantizations(), weights)
         build = Builder(load, max_model_len=max_model_len, quantization=quantization)
         model = choose_model(resolved.model_config, host.models())(resolved.model_config, build)
-    weight_bytes = count_bytes(model)
+    weight_bytes = build.num_bytes()
     logger.info("weights: %.2f GiB on %s, %s", weight_bytes / GIB, device, placement.dtype)
     logger.info("kernels: %s", ", ".join(f"{op}: {'/'.join(sorted(k))}" for op, k in sorted(operations.log.items())))
 
@@ -207,7 +205,7 @@ def build_engine(resolved: Resolved) -> Engine:
             device,
             weight_bytes,
             block_bytes,
-            activation_bytes(model, vocab_size, max_num_batched_tokens, config),
+            activation_bytes(vocab_size, max_num_batched_tokens, config),
         )
         logger.info(budget.table())
         runner = make_runner(budget.num_blocks)
@@ -282,20 +280,7 @@ def choose_kv_dtype(wanted: str, dtype: torch.dtype) -> torch.dtype:
     return known[wanted]
 
 
-def count_bytes(model: Model) -> int:
-    """Device memory of a model's weights, shared tensors counted once."""
-    assert isinstance(model, torch.nn.Module)
-    linears = [module for module in model.modules() if isinstance(module, Linear)]
-    tensors = {
-        value.data_ptr(): value.nbytes
-        for module in model.modules()
-        for value in vars(module).values()
-        if isinstance(value, torch.Tensor)
-    }
-    return sum(tensors.values()) + sum(linear.method.num_bytes() for linear in linears)
-
-
-def activation_bytes(model: Model, vocab_size: int, max_num_batched_tokens: int, config: EngineConfig) -> int:
+def activation_bytes(vocab_size: int, max_num_batched_tokens: int, config: EngineConfig) -> int:
     """An estimate from above of what a full step needs beside weights and caches: logits dominate."""
     logits = min(config.max_num_seqs, max_num_batched_tokens) * vocab_size * 4 * 4
     return logits + max_num_batched_tokens * 64 * 1024

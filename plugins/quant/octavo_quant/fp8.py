@@ -36,6 +36,13 @@ def octavo_kernels() -> list[KernelProvider]:
     return FP8_KERNELS
 
 
+@hookimpl
+def octavo_commands() -> Mapping[str, Any]:
+    from octavo_quant.command import add_quantize
+
+    return {"quantize": add_quantize}
+
+
 class FP8Quantization:
     """See :class:`octavo.interfaces.Quantization`."""
 
@@ -56,7 +63,9 @@ class FP8Quantization:
             one_of("fmt", settings.get("fmt") or "e4m3", ("e4m3", "float8_e4m3fn"), cls.name)
             block = settings.get("weight_block_size")
             if block and (len(block) != 2 or any(not isinstance(size, int) or size < 1 for size in block)):
-                raise CheckpointError(f"weight_block_size {block!r} of the fp8 checkpoint must be two sizes; correct it")
+                raise CheckpointError(
+                    f"weight_block_size {block!r} of the fp8 checkpoint must be two sizes; correct it"
+                )
             if block and scheme == "static":
                 raise CheckpointError(
                     "the fp8 checkpoint has weight_block_size, which goes with activation_scheme dynamic, not static; "

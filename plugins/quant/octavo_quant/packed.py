@@ -1,4 +1,4 @@
-"""Integer weights in groups: the one form that every 4-bit and 8-bit integer format is brought into while it is loaded."""
+"""Integer weights in groups: the one form that every 4-bit and 8-bit integer format is brought into at loading."""
 
 from __future__ import annotations
 

@@ -170,9 +170,7 @@ def require_settings(settings: Any, method: str) -> None:
         )
 
 
-def checked_groups(
-    groups: Tensor, num_groups: int, name: str, file: str, spec: LinearSpec
-) -> Tensor:
+def checked_groups(groups: Tensor, num_groups: int, name: str, file: str, spec: LinearSpec) -> Tensor:
     """``groups`` [in_features] of a file as int64, once it is known that they can be served.
 
     Raises:
@@ -201,6 +199,6 @@ def checked_group_size(size: Any, method: str) -> int:
     """
     if isinstance(size, bool) or not isinstance(size, int) or size == 0 or size < -1:
         raise CheckpointError(
-            f"group_size {size!r} of the {method} checkpoint's settings is neither -1 nor a number of inputs; correct it"
+            f"group_size {size!r} of the {method} checkpoint's settings is neither -1 nor a size; correct it"
         )
     return size

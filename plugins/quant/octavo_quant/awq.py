@@ -41,7 +41,7 @@ def octavo_kernels() -> list[KernelProvider]:
 def unpack_interleaved(words: Tensor) -> Tensor:
     """int32 [rows, out / 8] -> uint8 [rows, out] in the order of the outputs."""
     values = unpack_bits(words, 4, words.shape[1] * 8)
-    return values.unflatten(1, (-1, 8))[..., list(NIBBLES)].flatten(1)
+    return values.reshape(len(words), -1, 8)[..., list(NIBBLES)].flatten(1)
 
 
 class AWQ:

@@ -118,10 +118,10 @@ def quantize_fp8(checkpoint: HuggingFaceFolder, out: Path) -> None:
     if len(shards) > 1:
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         (out / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
-    for file in checkpoint.path.iterdir():
-        kept = file.suffix in (".json", ".jinja", ".txt", ".model") and not file.name.endswith(".index.json")
-        if kept and file.name != "config.json":
-            shutil.copy2(file, out / file.name)
+    for other in checkpoint.path.iterdir():
+        kept = other.suffix in (".json", ".jinja", ".txt", ".model") and not other.name.endswith(".index.json")
+        if kept and other.name != "config.json":
+            shutil.copy2(other, out / other.name)
     config = {**checkpoint.config(), "quantization_config": FP8_SETTINGS}
     (out / "config.json").write_text(json.dumps(config, indent=2))
 

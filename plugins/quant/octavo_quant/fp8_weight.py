@@ -154,7 +154,7 @@ def round_activations(x: Tensor, weight: Fp8Weight) -> Tensor:
         scale = x.abs().amax(dim=1, keepdim=True) / LARGEST
     else:
         block = weight.column_block
-        padded = torch.nn.functional.pad(x.abs(), (0, -num_in % block)).unflatten(1, (-1, block))
+        padded = torch.nn.functional.pad(x.abs(), (0, -num_in % block)).reshape(len(x), -1, block)
         scale = (padded.amax(dim=2) / LARGEST).repeat_interleave(block, dim=1)[:, :num_in]
     scale = scale.clamp(min=torch.finfo(torch.float32).tiny)
     return (x / scale).clamp(-LARGEST, LARGEST).to(FP8).float() * scale

@@ -98,7 +98,7 @@ class PackedWeight:
 
     def dequantize(self, dtype: torch.dtype) -> Tensor:
         """[out_features, in_features], columns in the order of the permutation."""
-        values = self.unpack().unflatten(1, (-1, self.group_size)).to(dtype)
+        values = self.unpack().reshape(self.out_features, -1, self.group_size).to(dtype)
         zeros = 1 << (self.bits - 1) if self.zeros is None else self.zeros.T.unsqueeze(-1).to(dtype)
         return ((values - zeros) * self.scales.T.unsqueeze(-1).to(dtype)).flatten(1)
 
@@ -165,7 +165,9 @@ def unpack_bits(words: Tensor, bits: int, num_values: int) -> Tensor:
     ones = unpack_bits(words, 1, words.shape[-1] * 32)
     length = ones.shape[-1] // bits * bits
     weights = 1 << torch.arange(bits, dtype=torch.uint8, device=words.device)
-    return (ones[..., :length].unflatten(-1, (-1, bits)) * weights).sum(-1, dtype=torch.uint8)[..., :num_values]
+    return (ones[..., :length].reshape(*words.shape[:-1], -1, bits) * weights).sum(-1, dtype=torch.uint8)[
+        ..., :num_values
+    ]
 
 
 def word_slice(part: slice, bits: int, num_words: int) -> tuple[slice, slice]:

@@ -86,8 +86,8 @@ class Int4CPU:
     def _dequantize(self) -> Tensor:
         """bfloat16 [out_features padded to whole blocks, in_features]."""
         values = unpack_blocks(self._values).to(torch.bfloat16)  # [blocks, in_features, BLOCK]
-        grouped = values.unflatten(1, (-1, self._group_size))
-        table = self._table.unflatten(1, (-1, self.BLOCK)).transpose(0, 1).unsqueeze(2)
+        grouped = values.reshape(len(values), -1, self._group_size, self.BLOCK)
+        table = self._table.reshape(len(self._table), -1, self.BLOCK, 2).transpose(0, 1).unsqueeze(2)
         weights = torch.addcmul(table[..., 1], grouped.sub_(8), table[..., 0])
         return weights.flatten(1, 2).transpose(1, 2).flatten(0, 1)
 

@@ -32,7 +32,7 @@ class BlockManager:
         return -(-num_tokens // self.block_size)
 
     def reserve(self, table: list[int], num_tokens: int) -> bool:
-        """Extend ``table`` so that it holds ``num_tokens`` tokens; False, and nothing changed, if blocks are lacking."""
+        """Extend ``table`` to hold ``num_tokens`` tokens; False, and nothing changed, if blocks are lacking."""
         missing = self.blocks_for(num_tokens) - len(table)
         if missing <= 0:
             return True

@@ -15,9 +15,6 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self, runtime_checkab
 import torch
 from torch import Tensor
 
-from octavo.prefix import PrefixCache
-from octavo.policies import SchedulingPolicy
-
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 

@@ -60,7 +60,8 @@ class SafetensorsWeights:
             except (SafetensorError, OSError) as error:
                 raise CheckpointError(f"{file} is not a complete safetensors file: {error}; fetch it again") from error
             self._files[str(file)] = opened
-            for name in opened.keys():  # noqa: SIM118 - safe_open is no mapping
+            names: list[str] = opened.keys()  # type: ignore[no-untyped-call]
+            for name in names:
                 if name in self._owner:
                     raise CheckpointError(f"tensor '{name}' is in both {self._owner[name]} and {file}; remove one file")
                 self._owner[name] = file
@@ -124,7 +125,10 @@ class HuggingFaceFolder:
     def _weight_files(self) -> list[Path]:
         indexes = sorted(self.path.glob("*.safetensors.index.json"))
         if indexes:
-            shards = sorted({self.path / name for name in _read_json(indexes[0])["weight_map"].values()})
+            weight_map = _read_json(indexes[0]).get("weight_map")
+            if not isinstance(weight_map, dict):
+                raise CheckpointError(f"{indexes[0]} has no weight_map from tensors to files; fetch it again")
+            shards = sorted({self.path / name for name in weight_map.values()})
             absent = [shard.name for shard in shards if not shard.exists()]
             if absent:
                 raise CheckpointError(f"{indexes[0]} names {', '.join(absent)}, which is not there; fetch it again")
@@ -158,7 +162,7 @@ def open_checkpoint(path: Path, formats: Iterable[type[WeightFormat]]) -> Checkp
     Raises:
         CheckpointError: none does; says what was looked for.
     """
-    tried = [HuggingFaceFormat, *formats]
+    tried: list[type[WeightFormat]] = [HuggingFaceFormat, *formats]
     for kind in tried:
         if kind.accepts(path):
             return kind.open(path)
@@ -192,6 +196,19 @@ def resolve_model_path(model: str, revision: str | None = None, *, weights: bool
         raise CheckpointError(
             f"model '{model}' is not a folder here and could not be fetched from the hub: {error}"
         ) from error
+
+
+class NoWeights:
+    """The weights of a checkpoint of which only the configuration is used."""
+
+    def names(self) -> Collection[str]:
+        return ()
+
+    def info(self, name: str) -> TensorInfo:
+        raise missing_tensor(name, (), "a dummy checkpoint")
+
+    def read(self, name: str, index: tuple[slice, ...] = ()) -> Tensor:
+        raise missing_tensor(name, (), "a dummy checkpoint")
 
 
 class CheckpointLoader:
@@ -287,7 +304,9 @@ def choose_dtype(config: Mapping[str, Any], wanted: str, device: torch.device) -
 
 def _read_json(file: Path) -> dict[str, Any]:
     try:
-        content: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError) as error:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
         raise CheckpointError(f"{file} cannot be read: {error}") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{file} holds no JSON object; fetch it again")
     return content

@@ -1,0 +1,1 @@
+"""Kernels for CPUs: C with vector extensions, compiled when Octavo is installed and called through ctypes."""

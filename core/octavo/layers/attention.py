@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from octavo.batch import ForwardBatch
@@ -25,7 +24,7 @@ class ForwardContext:
     kv: Sequence[Tensor]  # one cache per attention layer
 
 
-class Attention(torch.nn.Module):
+class Attention:
     """Normalizes (where the model does), rotates, writes keys and values, attends."""
 
     def __init__(
@@ -35,13 +34,12 @@ class Attention(torch.nn.Module):
         query_norm: RMSNorm | None = None,
         key_norm: RMSNorm | None = None,
     ) -> None:
-        super().__init__()
         self.spec = spec
         self.rotary = rotary
         self.query_norm = query_norm
         self.key_norm = key_norm
 
-    def forward(self, qkv: Tensor, context: ForwardContext) -> Tensor:
+    def __call__(self, qkv: Tensor, context: ForwardContext) -> Tensor:
         """qkv [num_tokens, (num_heads + 2 * num_kv_heads) * head_dim] -> [num_tokens, num_heads * head_dim]."""
         return context.backend.forward(self, qkv, context.kv[self.spec.layer], context.batch, context.plan)
 
@@ -49,9 +47,10 @@ class Attention(torch.nn.Module):
         """query [num_tokens, num_heads, head_dim], key and value [num_tokens, num_kv_heads, head_dim]."""
         spec = self.spec
         heads = qkv.view(qkv.shape[0], -1, spec.head_dim)
-        query, key, value = heads.split((spec.num_heads, spec.num_kv_heads, spec.num_kv_heads), dim=1)
+        query, key, value = heads.tensor_split((spec.num_heads, spec.num_heads + spec.num_kv_heads), dim=1)
         if self.query_norm is not None and self.key_norm is not None:
             query, key = self.query_norm(query), self.key_norm(key)
         if self.rotary is not None:
-            query, key = self.rotary(query, positions), self.rotary(key, positions)
+            factors = self.rotary.factors(positions, query.dtype)
+            query, key = self.rotary.rotate(query, *factors), self.rotary.rotate(key, *factors)
         return query, key, value

@@ -13,7 +13,7 @@ from octavo.layers.attention import Attention
 from octavo.layers.embedding import Embedding
 from octavo.layers.linear import Linear, load_plain, make_linear
 from octavo.layers.norm import RMSNorm
-from octavo.layers.rotary import RotaryEmbedding
+from octavo.layers.rotary import RotaryEmbedding, rope_parameters
 from octavo.operations import ActivationNeed, NormNeed
 from octavo.parallel import Shard
 
@@ -38,7 +38,8 @@ class Builder:
         self.quantization = quantization
         self.shard = shard or Shard()
         self.attention_specs: list[AttentionSpec] = []
-        self._rotary: dict[Any, RotaryEmbedding] = {}
+        self._rotary: dict[tuple[int, str], RotaryEmbedding] = {}
+        self._bytes = 0
 
     # --- linear layers ----------------------------------------------------------------------------------------------
 
@@ -87,28 +88,34 @@ class Builder:
         method: LinearMethod | None = None
         if self.quantization is not None:
             method = self.quantization.linear(spec, self.load)
-        return Linear(spec, method or load_plain(spec, self.load))
+        return self._counted(Linear(spec, method or load_plain(spec, self.load)))
+
+    def _counted(self, linear: Linear) -> Linear:
+        self._bytes += linear.method.num_bytes()
+        return linear
 
     # --- embeddings and heads ---------------------------------------------------------------------------------------
 
     def embedding(self, name: str, num_embeddings: int, size: int) -> Embedding:
         """A table [num_embeddings, size] in the activations' dtype."""
-        return Embedding(self.load.tensor(f"{name}.weight", (num_embeddings, size), dtype=self.load.placement.dtype))
+        return Embedding(self.tensor(f"{name}.weight", (num_embeddings, size)))
 
     def lm_head(self, name: str, hidden_size: int, vocab_size: int, *, tied: Embedding | None = None) -> Linear:
         """The output projection; with ``tied`` it multiplies by the embedding's table and reads nothing."""
         part = LinearPart(name, vocab_size, slice(0, vocab_size))
         spec = LinearSpec(name, (part,), hidden_size, slice(0, hidden_size), False)
-        if tied is not None:
-            return Linear(spec, make_linear(tied.weight, None, self.load))
-        return self._linear(spec)
+        if tied is None:
+            return self._linear(spec)
+        method = make_linear(tied.weight, None, self.load)
+        shared = getattr(method, "weight", None) is tied.weight
+        return Linear(spec, method) if shared else self._counted(Linear(spec, method))
 
     # --- norms, activations, attention ------------------------------------------------------------------------------
 
     def rms_norm(self, name: str, size: int, eps: float) -> RMSNorm:
         """A root-mean-square norm over ``size`` elements."""
         placement = self.load.placement
-        weight = self.load.tensor(f"{name}.weight", (size,), dtype=placement.dtype)
+        weight = self.tensor(f"{name}.weight", (size,))
         need = NormNeed(placement.device, placement.dtype, size)
         return RMSNorm(weight, eps, self.load.kernel("rms_norm", need)(need))
 
@@ -118,17 +125,17 @@ class Builder:
         need = ActivationNeed(placement.device, placement.dtype, self.shard.divide(size, "intermediate size"))
         return self.load.kernel("silu_and_mul", need)(need)
 
-    def rotary(self, config: Mapping[str, Any], head_dim: int) -> RotaryEmbedding:
-        """Rotary embeddings as ``config`` describes them; layers that ask for the same share one table."""
-        key = (
-            head_dim,
-            repr(config.get("rope_parameters")),
-            repr(config.get("rope_scaling")),
-            config.get("rope_theta"),
-        )
+    def rotary(self, config: Mapping[str, Any], head_dim: int, *, layer_type: str | None = None) -> RotaryEmbedding:
+        """Rotary embeddings as ``config`` describes them; layers that ask for the same share one table.
+
+        ``layer_type`` is for models whose ``rope_parameters`` differ from layer to layer.
+        """
+        key = (head_dim, repr(rope_parameters(config, layer_type)))
         if key not in self._rotary:
             device = self.load.placement.device
-            self._rotary[key] = RotaryEmbedding.from_config(config, head_dim, self.max_model_len, device)
+            made = RotaryEmbedding.from_config(config, head_dim, self.max_model_len, device, layer_type)
+            self._bytes += made.table.nbytes
+            self._rotary[key] = made
         return self._rotary[key]
 
     def attention(
@@ -170,4 +177,10 @@ class Builder:
 
     def tensor(self, name: str, shape: tuple[int, ...], dtype: torch.dtype | None = None) -> Tensor:
         """Any other tensor of the checkpoint, whole, in the activations' dtype unless another is named."""
-        return self.load.tensor(name, shape, dtype=dtype or self.load.placement.dtype)
+        tensor = self.load.tensor(name, shape, dtype=dtype or self.load.placement.dtype)
+        self._bytes += tensor.nbytes
+        return tensor
+
+    def num_bytes(self) -> int:
+        """Device memory that everything built so far takes; what layers share is counted once."""
+        return self._bytes

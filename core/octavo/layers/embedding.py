@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 
-class Embedding(torch.nn.Module):
+class Embedding:
     """A loaded table [vocab_size, size]."""
 
     def __init__(self, weight: Tensor) -> None:
-        super().__init__()
         self.weight = weight
 
-    def forward(self, tokens: Tensor) -> Tensor:
+    def __call__(self, tokens: Tensor) -> Tensor:
         """tokens [num_tokens] int -> [num_tokens, size]."""
         return F.embedding(tokens, self.weight)

@@ -10,15 +10,14 @@ from octavo.interfaces import LayerLoader, LinearMethod, LinearPart, LinearSpec
 from octavo.operations import LinearNeed
 
 
-class Linear(torch.nn.Module):
+class Linear:
     """A loaded linear layer; how its weights are kept and multiplied is the method's matter."""
 
     def __init__(self, spec: LinearSpec, method: LinearMethod) -> None:
-        super().__init__()
         self.spec = spec
         self.method = method
 
-    def forward(self, x: Tensor) -> Tensor:
+    def __call__(self, x: Tensor) -> Tensor:
         """x [num_tokens, in_features] -> [num_tokens, out_features]."""
         return self.method.apply(x)
 

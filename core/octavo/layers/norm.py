@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -32,16 +31,15 @@ class TorchRMSNorm:
         return self(residual, weight, eps), residual
 
 
-class RMSNorm(torch.nn.Module):
-    """A loaded norm. ``forward(x)`` normalizes; ``forward(x, residual)`` adds first and returns both."""
+class RMSNorm:
+    """A loaded norm. Called, it normalizes; ``add`` adds the residual first and returns both."""
 
     def __init__(self, weight: Tensor, eps: float, kernel: Any) -> None:
-        super().__init__()
         self.weight = weight
         self.eps = eps
         self.kernel = kernel
 
-    def forward(self, x: Tensor) -> Tensor:
+    def __call__(self, x: Tensor) -> Tensor:
         """x [num_tokens, size] -> the same shape."""
         result: Tensor = self.kernel(x, self.weight, self.eps)
         return result

@@ -1,0 +1,1 @@
+"""``octavo bench``: a client that measures any OpenAI-compatible server, and offline throughput and latency."""

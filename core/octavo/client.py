@@ -1,0 +1,290 @@
+"""How a program talks to an engine: in a thread of its own process, or in a child process over a Unix socket."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import queue
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import traceback
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Protocol
+
+import msgspec
+import zmq
+
+from octavo.errors import ConfigError, EngineDead, OctavoError
+from octavo.messages import (
+    Abort,
+    Command,
+    EngineFailed,
+    EngineInfo,
+    Shutdown,
+    StepOutputs,
+    StepStats,
+    Submit,
+    decode_event,
+    encode,
+)
+
+if TYPE_CHECKING:
+    from octavo.engine import Engine, InFlight
+    from octavo.startup import Resolved
+
+logger = logging.getLogger(__name__)
+
+OutputsCallback = Callable[[StepOutputs], None]
+DeathCallback = Callable[[EngineDead], None]
+
+
+class EngineClient(Protocol):
+    """One engine, wherever it runs. Callbacks run in the client's own receiving thread, one at a time."""
+
+    info: EngineInfo  # after start()
+    stats: StepStats  # the latest
+    dead: EngineDead | None
+
+    def start(self, on_outputs: OutputsCallback, on_death: DeathCallback) -> None:
+        """Build the engine and wait until it is ready. Raises ConfigError when it cannot be built."""
+        ...
+
+    def submit(self, submit: Submit) -> None:
+        """Raises EngineDead. What the engine refuses comes back as an output with FinishReason.ERROR."""
+        ...
+
+    def abort(self, request_id: str, index: int | None = None) -> None:
+        """Stop a request or one sample; does nothing when the engine is dead or the id unknown."""
+        ...
+
+    def close(self, drain: float = 0.0) -> None:
+        """Stop the engine; leave running requests ``drain`` seconds to finish. May be called more than once."""
+        ...
+
+
+def drive(engine: Engine, receive: Callable[[float | None], list[Command]], send: OutputsCallback) -> None:
+    """The engine's loop, until it is told to shut down.
+
+    ``receive(timeout)`` returns the commands that have arrived, waiting for the first at most ``timeout`` seconds
+    (None: for ever). With overlap the next step is launched before the last one is settled.
+    """
+    in_flight: InFlight | None = None
+    deadline: float | None = None
+    while True:
+        idle = in_flight is None and not engine.has_work
+        if deadline is not None and (idle or time.monotonic() >= deadline):
+            return
+        for command in receive(None if idle else 0.0):
+            if isinstance(command, Submit):
+                engine.submit(command)
+            elif isinstance(command, Abort):
+                engine.abort(command)
+            else:
+                deadline = time.monotonic() + command.drain
+        launched = engine.launch()
+        if in_flight is not None or (launched is None and engine.has_work):
+            send(engine.settle(in_flight))
+        in_flight = launched
+        if in_flight is not None and not engine.overlap:
+            send(engine.settle(in_flight))
+            in_flight = None
+
+
+class ThreadClient:
+    """The engine in a thread of this process: for scripts, tests and notebooks."""
+
+    def __init__(self, resolved: Resolved) -> None:
+        self._resolved = resolved
+        self._commands: queue.SimpleQueue[Command] = queue.SimpleQueue()
+        self._thread: threading.Thread | None = None
+        self.stats = StepStats()
+        self.dead: EngineDead | None = None
+
+    def start(self, on_outputs: OutputsCallback, on_death: DeathCallback) -> None:
+        from octavo.startup import build_engine
+
+        self.engine = build_engine(self._resolved)
+        self.info = self.engine.info
+        self._thread = threading.Thread(
+            target=self._run, args=(on_outputs, on_death), name="octavo-engine", daemon=True
+        )
+        self._thread.start()
+
+    def submit(self, submit: Submit) -> None:
+        if self.dead is not None:
+            raise self.dead
+        self._commands.put(submit)
+
+    def abort(self, request_id: str, index: int | None = None) -> None:
+        self._commands.put(Abort(request_id, index))
+
+    def close(self, drain: float = 0.0) -> None:
+        self._commands.put(Shutdown(drain))
+        if self._thread is not None and self._thread is not threading.current_thread():
+            self._thread.join(timeout=drain + 10.0)
+
+    def _run(self, on_outputs: OutputsCallback, on_death: DeathCallback) -> None:
+        def send(outputs: StepOutputs) -> None:
+            self.stats = outputs.stats
+            on_outputs(outputs)
+
+        try:
+            drive(self.engine, self._receive, send)
+            self.dead = EngineDead("the engine was shut down")
+        except Exception as error:
+            logger.exception("the engine failed")
+            self.dead = EngineDead(f"the engine failed: {type(error).__name__}: {error}")
+        on_death(self.dead)
+
+    def _receive(self, timeout: float | None) -> list[Command]:
+        commands: list[Command] = []
+        with contextlib.suppress(queue.Empty):
+            commands.append(self._commands.get(timeout != 0.0, timeout or None))
+            while True:
+                commands.append(self._commands.get_nowait())
+        return commands
+
+
+class ProcessClient:
+    """The engine in a child process: its Python shares no lock with HTTP and detokenizing.
+
+    The child holds the other end of two things: the socket, and a pipe that closes when this process dies.
+    """
+
+    STOP_SECONDS = 10.0  # how long a child may take to stop after its drain time before it is killed
+
+    def __init__(self, resolved: Resolved) -> None:
+        self._resolved = resolved
+        self._lock = threading.Lock()
+        self._closing = False
+        self.stats = StepStats()
+        self.dead: EngineDead | None = None
+        self._folder = tempfile.TemporaryDirectory(prefix="octavo-")
+        self._context = zmq.Context()
+        self._address = f"ipc://{self._folder.name}/engine"
+        self._socket = self._context.socket(zmq.PAIR)
+        self._socket.setsockopt(zmq.SNDHWM, 0)
+        self._socket.setsockopt(zmq.RCVHWM, 0)
+        self._socket.setsockopt(zmq.LINGER, 0)
+        self._socket.bind(self._address)
+        # a zmq socket belongs to one thread: others hand their messages to it through this pair
+        self._inbox_address = "inproc://commands"
+        self._inbox = self._context.socket(zmq.PULL)
+        self._inbox.setsockopt(zmq.RCVHWM, 0)
+        self._inbox.bind(self._inbox_address)
+        self._outbox = self._context.socket(zmq.PUSH)
+        self._outbox.setsockopt(zmq.SNDHWM, 0)
+        self._outbox.setsockopt(zmq.LINGER, 0)
+        self._outbox.connect(self._inbox_address)
+
+    def start(self, on_outputs: OutputsCallback, on_death: DeathCallback) -> None:
+        self._start_child()
+        while True:
+            event = self._receive(0.2)
+            if isinstance(event, EngineInfo):
+                self.info = event
+                break
+            if isinstance(event, EngineFailed):
+                self.close()
+                raise ConfigError(event.cause)
+            if event is None and self._child.poll() is not None:
+                code = self._child.returncode
+                self.close()
+                raise EngineDead(
+                    f"the engine process ended with {_exit(code)} before it was ready; see its output above"
+                )
+        self._thread = threading.Thread(
+            target=self._run, args=(on_outputs, on_death), name="octavo-client", daemon=True
+        )
+        self._thread.start()
+
+    def submit(self, submit: Submit) -> None:
+        if self.dead is not None:
+            raise self.dead
+        self._send(submit)
+
+    def abort(self, request_id: str, index: int | None = None) -> None:
+        if self.dead is None:
+            self._send(Abort(request_id, index))
+
+    def close(self, drain: float = 0.0) -> None:
+        with self._lock:
+            if self._closing:
+                return
+            self._closing = True
+        running = getattr(self, "_thread", None)
+        if running is not None and self.dead is None:
+            self._send(Shutdown(drain))
+        elif running is None:
+            self._child.terminate()
+        try:
+            self._child.wait(timeout=drain + self.STOP_SECONDS)
+        except subprocess.TimeoutExpired:
+            self._child.kill()
+            self._child.wait()
+        if running is not None and running is not threading.current_thread():
+            running.join(timeout=self.STOP_SECONDS)
+        self._folder.cleanup()
+
+    @property
+    def process_id(self) -> int:
+        """The child's."""
+        return self._child.pid
+
+    def _start_child(self) -> None:
+        environment = {**os.environ}
+        environment.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # spinning threads starve everybody else on small machines
+        self._child = subprocess.Popen(
+            [sys.executable, "-m", "octavo.worker", self._address], stdin=subprocess.PIPE, env=environment
+        )
+        resolved = self._resolved
+        self._socket.send(msgspec.msgpack.encode({"config": resolved.config, "manifest": resolved.manifest}))
+
+    def _send(self, command: Command) -> None:
+        with self._lock:
+            self._outbox.send(encode(command))
+
+    def _receive(self, timeout: float) -> StepOutputs | EngineInfo | EngineFailed | None:
+        if self._socket.poll(int(timeout * 1000)):
+            return decode_event(self._socket.recv())
+        return None
+
+    def _run(self, on_outputs: OutputsCallback, on_death: DeathCallback) -> None:
+        poller = zmq.Poller()
+        poller.register(self._socket, zmq.POLLIN)
+        poller.register(self._inbox, zmq.POLLIN)
+        cause: str | None = None
+        while cause is None:
+            ready = dict(poller.poll(100))
+            while self._inbox in ready and self._inbox.poll(0):
+                self._socket.send(self._inbox.recv())
+            if self._socket in ready:
+                event = decode_event(self._socket.recv())
+                if isinstance(event, StepOutputs):
+                    self.stats = event.stats
+                    on_outputs(event)
+                elif isinstance(event, EngineFailed):
+                    logger.error("the engine failed:\n%s", event.traceback)
+                    cause = f"the engine failed: {event.cause}"
+            elif self._child.poll() is not None:
+                ended = "was shut down" if self._closing else f"ended unexpectedly with {_exit(self._child.returncode)}"
+                cause = f"the engine process {ended}"
+        self.dead = EngineDead(cause)
+        on_death(self.dead)
+        self._socket.close()
+        self._inbox.close()
+
+
+def _exit(code: int) -> str:
+    return f"signal {-code}" if code < 0 else f"exit code {code}"
+
+
+def failure(error: BaseException) -> EngineFailed:
+    """An exception as the engine's last words."""
+    explained = isinstance(error, OctavoError)
+    cause = str(error) if explained else f"{type(error).__name__}: {error}"
+    return EngineFailed(cause, "".join(traceback.format_exception(error)))

@@ -1,0 +1,247 @@
+"""The engine: ask the scheduler, run the model, tell the scheduler.
+
+It knows tokens, not text, and talks to its client in the messages of :mod:`octavo.messages` only.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from octavo.errors import RequestError
+from octavo.interfaces import Drafter
+from octavo.messages import (
+    Abort,
+    EngineInfo,
+    SequenceOutput,
+    StepOutputs,
+    StepStats,
+    Submit,
+    Timing,
+    TokenLogprobs,
+    samples,
+)
+from octavo.request import FinishReason, Request
+from octavo.runner import LaunchedStep, Runner, StepResult
+from octavo.scheduler import Scheduler, SettledRow
+
+
+@dataclass(frozen=True, slots=True)
+class InFlight:
+    """A step that was launched and not settled yet."""
+
+    launched: LaunchedStep
+    started: float
+
+
+class Engine:
+    """Runs requests. Driven by one thread: ``submit`` and ``abort`` between steps, then ``launch`` and ``settle``.
+
+    ``launch`` may be called again before the step that it returned is settled; the loop that drives the engine
+    decides (see :func:`octavo.client.drive`).
+    """
+
+    def __init__(
+        self,
+        scheduler: Scheduler,
+        runner: Runner,
+        info: EngineInfo,
+        *,
+        eos_token_ids: frozenset[int],
+        drafter: Drafter | None = None,
+        overlap: bool = False,
+        max_num_waiting: int = 8192,
+    ) -> None:
+        self.scheduler = scheduler
+        self.runner = runner
+        self.info = info
+        self.overlap = overlap
+        self._eos_token_ids = eos_token_ids
+        self._drafter = drafter
+        self._max_num_waiting = max_num_waiting
+        self._ended: list[SequenceOutput] = []  # ended outside a step: aborted or refused
+
+    # --- requests ----------------------------------------------------------------------------------------------------
+
+    def submit(self, submit: Submit) -> None:
+        """Queue a request. One that can never run, or for which the queue is full, ends at once with an error."""
+        try:
+            self._check(submit)
+        except RequestError as error:
+            self._ended.extend(
+                SequenceOutput(submit.request_id, index, [], finish_reason=FinishReason.ERROR, error=error.message)
+                for index, _ in samples(submit)
+            )
+            return
+        params = submit.params
+        room = self.info.max_model_len - len(submit.prompt)
+        limit = len(submit.prompt) + min(room, params.max_tokens if params.max_tokens is not None else room)
+        needs_history = any(p.needs_history and p.wants(params) for p in self.runner.processors)
+        first: Request | None = None
+        for index, seed in samples(submit):
+            request = Request(
+                submit.request_id,
+                submit.prompt,
+                params,
+                seed=seed,
+                max_total_tokens=limit,
+                index=index,
+                eos_token_ids=self._eos_token_ids,
+                bad_token_ids=submit.bad_token_ids,
+                salt=submit.salt,
+                priority=submit.priority,
+                arrival=submit.arrival,
+                fork_of=first,
+                needs_history=needs_history,
+            )
+            first = first or request
+            self.scheduler.add(request)
+
+    def _check(self, submit: Submit) -> None:
+        num_prompt, limit = len(submit.prompt), self.info.max_model_len
+        if not 0 < num_prompt < limit:
+            raise RequestError(f"the prompt has {num_prompt} tokens; this engine takes 1 to {limit - 1}")
+        waiting = len(self.scheduler.waiting)
+        if waiting + submit.params.n > self._max_num_waiting:
+            raise RequestError(
+                f"the queue is full: {waiting} requests wait and at most {self._max_num_waiting} may; try again later",
+                status=503,
+                code="queue_full",
+            )
+
+    def abort(self, abort: Abort) -> None:
+        """End a request or one sample of it; ids that are unknown or finished already are ignored."""
+        for request in self.scheduler.find(abort.request_id, abort.index):
+            self._finish(request, FinishReason.ABORT)
+            self._ended.append(self._output(request, [], FinishReason.ABORT))
+
+    @property
+    def has_work(self) -> bool:
+        """Whether a step would do anything, or something is to be reported."""
+        return self.scheduler.has_work or bool(self._ended)
+
+    # --- the step ----------------------------------------------------------------------------------------------------
+
+    def launch(self) -> InFlight | None:
+        """Schedule and start the next step; None if nobody can go on."""
+        started = time.perf_counter()
+        if self._drafter is not None:
+            self._draft(self._drafter)
+        plan = self.scheduler.schedule()
+        return InFlight(self.runner.launch(plan), started) if plan else None
+
+    def settle(self, step: InFlight | None) -> StepOutputs:
+        """Take in a launched step's results; with None, only what ended outside a step."""
+        sequences, self._ended = self._ended, []
+        if step is None:
+            return StepOutputs(sequences, self._stats(StepStats()))
+        result = step.launched.wait()
+        plan = step.launched.plan
+        settled = {id(item.row): item for item in self.scheduler.settle(plan, result.token_ids)}
+        for index, row in enumerate(plan.rows):
+            item = settled.get(id(row))
+            if item is not None:
+                self._collect_prompt_logprobs(item, result.prompt_logprobs.get(index))
+                sequences.extend(self._report(item, result, index))
+        stats = StepStats(
+            num_prompt_tokens=sum(max(0, min(row.end, row.request.num_prompt) - row.start) for row in plan.rows),
+            num_output_tokens=sum(len(item.token_ids) for item in settled.values()),
+            num_preemptions=plan.num_preempted,
+            num_prefix_queries=plan.num_prefix_queries,
+            num_prefix_hits=plan.num_prefix_hits,
+            step_seconds=time.perf_counter() - step.started,
+        )
+        self._observe_drafts(settled.values(), stats)
+        return StepOutputs(sequences, self._stats(stats))
+
+    def check(self) -> None:
+        """Prove the scheduler's and the block manager's invariants; for tests and when idle."""
+        self.scheduler.check()
+
+    # --- reporting ---------------------------------------------------------------------------------------------------
+
+    def _report(self, item: SettledRow, result: StepResult, index: int) -> Sequence[SequenceOutput]:
+        request = item.row.request
+        if item.finish_reason is not None and self._drafter is not None:
+            self._drafter.release(request)
+        if not item.token_ids:
+            return ()
+        logprobs = result.logprobs[index]
+        output = self._output(request, list(item.token_ids), item.finish_reason)
+        if logprobs is not None:
+            output.logprobs = list(logprobs[: len(item.token_ids)])
+        if request.prompt_logprobs is not None:
+            output.prompt_logprobs, request.prompt_logprobs = request.prompt_logprobs, None
+        return (output,)
+
+    def _output(self, request: Request, token_ids: list[int], reason: FinishReason | None) -> SequenceOutput:
+        output = SequenceOutput(
+            request.request_id,
+            request.index,
+            token_ids,
+            finish_reason=reason,
+            stop_token_id=request.stop_token_id,
+            num_cached_tokens=request.num_cached if request.index == 0 else 0,
+        )
+        if reason is not None:
+            output.timing = Timing(
+                request.arrival,
+                request.scheduled_at,
+                request.first_token_at,
+                time.monotonic(),
+                request.num_preemptions,
+            )
+        return output
+
+    def _collect_prompt_logprobs(self, item: SettledRow, found: Sequence[TokenLogprobs] | None) -> None:
+        """Positions arrive chunk by chunk, and again after a preemption; they leave with the first token."""
+        request = item.row.request
+        if found is None or request.num_output > len(item.token_ids):
+            return
+        if request.prompt_logprobs is None:
+            request.prompt_logprobs = [None] * request.num_prompt
+        start = item.row.start + 1
+        request.prompt_logprobs[start : start + len(found)] = found
+
+    def _stats(self, stats: StepStats) -> StepStats:
+        scheduler = self.scheduler
+        stats.num_running = len(scheduler.running)
+        stats.num_waiting = len(scheduler.waiting)
+        stats.num_free_blocks = scheduler.blocks.num_free
+        stats.num_blocks = scheduler.blocks.num_blocks
+        return stats
+
+    # --- speculation -------------------------------------------------------------------------------------------------
+
+    def _draft(self, drafter: Drafter) -> None:
+        """Let the drafter guess for every running request whose tokens are all on the host."""
+        ready = [r for r in self.scheduler.running.values() if r.num_pending == 0 and r.num_to_compute == 1]
+        if not ready:
+            return
+        # the verified token takes one place, so a draft for the last place could never count
+        limits = [min(drafter.num_tokens, r.max_total_tokens - len(r.tokens) - 1) for r in ready]
+        for request, drafts in zip(ready, drafter.draft(ready, limits), strict=True):
+            request.drafts = drafts
+
+    def _observe_drafts(self, settled: Iterable[SettledRow], stats: StepStats) -> None:
+        if self._drafter is None:
+            return
+        accepted_at: list[int] = [0] * self._drafter.num_tokens
+        for item in settled:
+            num_drafts = len(item.row.drafts)
+            if not num_drafts:
+                continue
+            num_accepted = max(0, len(item.token_ids) - 1)
+            stats.num_drafts += 1
+            stats.num_draft_tokens += num_drafts
+            stats.num_accepted_tokens += num_accepted
+            for position in range(num_accepted):
+                accepted_at[position] += 1
+            self._drafter.observe(item.row.request, num_drafts, num_accepted)
+        stats.accepted_per_position = accepted_at
+
+    def _finish(self, request: Request, reason: FinishReason) -> None:
+        self.scheduler.finish(request, reason)
+        if self._drafter is not None:
+            self._drafter.release(request)

@@ -1,0 +1,365 @@
+"""The device side of a step: tensors from the plan, the model, the sampler, and the way back to the host.
+
+What the device knows of a request lies in its slot: all its tokens, and its block table. A step uploads what is new,
+reads the rest where it lies, and writes sampled tokens there, so that the next step need not wait for the host.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from octavo.batch import ForwardBatch, PlannedRow, StepPlan
+from octavo.interfaces import AttentionBackend, AttentionSpec, LogitsProcessor, Model, Placement, SampleRow
+from octavo.layers.attention import ForwardContext
+from octavo.messages import TokenLogprobs
+from octavo.request import Request
+from octavo.sampling import LogprobTensors, SamplingTable, TorchSample, apply_penalties, gather_logprobs
+
+PROMPT_LOGPROB_ROWS = 256  # logits of this many prompt positions exist at once
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """What a step brought, on the host; lists are parallel to the plan's rows."""
+
+    token_ids: Sequence[Sequence[int]]
+    logprobs: Sequence[Sequence[TokenLogprobs] | None]
+    prompt_logprobs: dict[int, list[TokenLogprobs]] = field(default_factory=dict)  # row -> from position start + 1 on
+
+
+class DeviceTable:
+    """A matrix of int64 or int32 on the device that the host writes to, a piece of a row at a time.
+
+    On a CPU both sides share the memory. Elsewhere pieces are staged and travel together in ``flush``.
+    """
+
+    def __init__(self, num_rows: int, num_columns: int, dtype: torch.dtype, device: torch.device) -> None:
+        self.tensor = torch.zeros(num_rows, num_columns, dtype=dtype, device=device)
+        self._host = self.tensor.numpy() if device.type == "cpu" else None
+        self._staged: list[tuple[int, int, Sequence[int]]] = []
+
+    def write(self, row: int, start: int, values: Sequence[int]) -> None:
+        """Put ``values`` at ``[row, start:]``; visible on the device after ``flush``."""
+        if self._host is not None:
+            self._host[row, start : start + len(values)] = values
+        elif len(values):
+            self._staged.append((row, start, values))
+
+    def flush(self) -> None:
+        """One transfer for everything staged."""
+        if not self._staged:
+            return
+        lengths = np.array([len(values) for _, _, values in self._staged])
+        rows = np.repeat([row for row, _, _ in self._staged], lengths)
+        columns = np.concatenate([np.arange(start, start + len(values)) for _, start, values in self._staged])
+        values = np.concatenate([np.asarray(values, np.int64) for _, _, values in self._staged])
+        packed = _to_device(np.stack([rows, columns, values]), self.tensor.device)
+        self.tensor[packed[0], packed[1]] = packed[2].to(self.tensor.dtype)
+        self._staged.clear()
+
+
+@dataclass(frozen=True, slots=True)
+class LaunchedStep:
+    """A step that was launched: its results may still be on their way to the host."""
+
+    plan: StepPlan
+    tokens: Tensor  # [num_sampled] int64, pinned on a GPU
+    sampled: Sequence[int]  # index into the plan's rows of each sampled token
+    logprobs: LogprobTensors | None  # for the entries of sampled that are listed in logprob_entries
+    logprob_entries: Sequence[int]
+    prompt_logprobs: dict[int, tuple[Tensor, LogprobTensors]]
+    ready: torch.cuda.Event | None
+
+    def wait(self) -> StepResult:
+        """The results; waits for the device if need be."""
+        if self.ready is not None:
+            self.ready.synchronize()
+        rows = self.plan.rows
+        token_ids: list[list[int]] = [[] for _ in rows]
+        logprobs: list[list[TokenLogprobs] | None] = [None for _ in rows]
+        for row, token in zip(self.sampled, self.tokens.tolist(), strict=True):
+            token_ids[row].append(token)
+        if self.logprobs is not None:
+            chosen = self.tokens[torch.as_tensor(self.logprob_entries)]
+            counts = [rows[self.sampled[entry]].request.params.logprobs or 0 for entry in self.logprob_entries]
+            for entry, item in zip(self.logprob_entries, _listed(chosen, self.logprobs, counts), strict=True):
+                row = self.sampled[entry]
+                found = logprobs[row]
+                logprobs[row] = [item] if found is None else [*found, item]
+        prompts = {
+            row: _listed(targets, values, [rows[row].request.params.prompt_logprobs or 0] * len(targets))
+            for row, (targets, values) in self.prompt_logprobs.items()
+        }
+        return StepResult(token_ids, logprobs, prompts)
+
+
+class Runner:
+    """Owns the model, the caches and the slots. One runner, one device, one stream of steps."""
+
+    def __init__(
+        self,
+        model: Model,
+        backend: AttentionBackend,
+        specs: Sequence[AttentionSpec],
+        placement: Placement,
+        *,
+        num_blocks: int,
+        block_size: int,
+        kv_dtype: torch.dtype,
+        max_num_seqs: int,
+        max_model_len: int,
+        vocab_size: int,
+        processors: Sequence[LogitsProcessor] = (),
+        sample: TorchSample,
+    ) -> None:
+        self.model = model
+        self.backend = backend
+        self.placement = placement
+        self.block_size = block_size
+        self.processors = processors
+        self._sample = sample
+        device = placement.device
+        self.kv = [_zeros(backend.kv_shape(spec, num_blocks), kv_dtype, device) for spec in specs]
+        # one column more than a sequence can have tokens: the last sampled token of a full one lands there
+        self._tokens = DeviceTable(max_num_seqs, max_model_len + 1, torch.int64, device)
+        self._blocks = DeviceTable(max_num_seqs, -(-max_model_len // block_size) + 1, torch.int32, device)
+        self._sampling = SamplingTable(max_num_seqs, vocab_size)
+        self._owner: list[tuple[Request, int] | None] = [None] * max_num_seqs
+        self._num_blocks_written = [0] * max_num_seqs
+
+    # --- the step ----------------------------------------------------------------------------------------------------
+
+    @torch.inference_mode()
+    def launch(self, plan: StepPlan) -> LaunchedStep:
+        """Start a step. On a GPU this returns before the device is done; ``wait`` of the result does not."""
+        self._copy_blocks(plan.copies)
+        for row in plan.rows:
+            self._upload(row)
+        self._tokens.flush()
+        self._blocks.flush()
+        rows = _RowArrays.of(plan.rows)
+        batch = self._batch(rows)
+        context = ForwardContext(batch, self.backend, self.backend.plan(batch), self.kv)
+        hidden = self.model.forward(batch.tokens, batch.positions, context)
+        prompt_logprobs = self._prompt_logprobs(plan.rows, rows, hidden)
+        if not len(rows.logit_tokens):
+            empty = torch.empty(0, dtype=torch.int64)
+            return LaunchedStep(plan, empty, (), None, (), prompt_logprobs, self._mark())
+        if batch.logit_rows.shape[0] != hidden.shape[0]:
+            hidden = hidden[batch.logit_rows]
+        logits = self.model.logits(hidden).float()
+        tokens, logprobs, entries = self._choose(plan.rows, rows, logits)
+        # the next step reads the token where it would read one that came from the host
+        slots = _to_device(rows.slots[rows.sampled], self.placement.device)
+        ends = _to_device(rows.sampled_positions, self.placement.device)
+        self._tokens.tensor[slots, ends] = tokens
+        if tokens.device.type != "cpu":
+            tokens = tokens.to("cpu", non_blocking=True)
+        return LaunchedStep(plan, tokens, rows.sampled.tolist(), logprobs, entries, prompt_logprobs, self._mark())
+
+    def _mark(self) -> torch.cuda.Event | None:
+        if self.placement.device.type != "cuda":
+            return None
+        event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        event.record()
+        return event
+
+    def _copy_blocks(self, copies: Sequence[tuple[int, int]]) -> None:
+        if not copies:
+            return
+        pairs = _to_device(np.array(copies, np.int64), self.placement.device)
+        for cache in self.kv:
+            cache[pairs[:, 1]] = cache[pairs[:, 0]]
+
+    def _upload(self, row: PlannedRow) -> None:
+        """Bring a request's slot up to date: everything when it is new there, else its new blocks and drafts."""
+        request, slot = row.request, row.request.slot
+        owner = self._owner[slot]
+        if owner is None or owner[0] is not request or owner[1] != row.epoch:
+            self._owner[slot] = (request, row.epoch)
+            self._num_blocks_written[slot] = 0
+            self._sampling.set(slot, request)
+            self._tokens.write(slot, 0, request.tokens)
+        written = self._num_blocks_written[slot]
+        if len(request.blocks) > written:
+            self._blocks.write(slot, written, request.blocks[written:])
+            self._num_blocks_written[slot] = len(request.blocks)
+        if row.drafts:
+            self._tokens.write(slot, row.end - len(row.drafts), row.drafts)
+
+    def _batch(self, rows: _RowArrays) -> ForwardBatch:
+        """The step as tensors: one transfer, the rest computed where the slots lie."""
+        num_rows, num_tokens = len(rows.slots), len(rows.positions)
+        packed = _to_device(
+            np.concatenate(
+                [rows.slots, rows.query_start, rows.ends, rows.token_slots, rows.positions, rows.logit_tokens]
+            ),
+            self.placement.device,
+        )
+        sizes = [num_rows, num_rows + 1, num_rows, num_tokens, num_tokens, len(rows.logit_tokens)]
+        slots, query_start, seq_lens, token_slots, positions, logit_rows = torch.split(packed, sizes)
+        max_seq_len = int(rows.ends.max())
+        tables = self._blocks.tensor
+        block = tables[token_slots, torch.div(positions, self.block_size, rounding_mode="floor")]
+        return ForwardBatch(
+            tokens=self._tokens.tensor[token_slots, positions],
+            positions=positions,
+            query_start=query_start.to(torch.int32),
+            seq_lens=seq_lens.to(torch.int32),
+            block_tables=tables[slots, : -(-max_seq_len // self.block_size)],
+            slots=block.long() * self.block_size + positions % self.block_size,
+            logit_rows=logit_rows,
+            max_query_len=int(rows.query_lens.max()),
+            max_seq_len=max_seq_len,
+            num_decodes=int((rows.query_lens == 1).sum()),
+            query_lens=rows.query_lens.tolist(),
+            context_lens=rows.ends.tolist(),
+        )
+
+    # --- sampling ----------------------------------------------------------------------------------------------------
+
+    def _choose(
+        self, planned: Sequence[PlannedRow], rows: _RowArrays, logits: Tensor
+    ) -> tuple[Tensor, LogprobTensors | None, list[int]]:
+        """Tokens [num_sampled], and log-probabilities of the raw logits for the entries that asked for them."""
+        entries = [i for i, row in enumerate(rows.sampled) if planned[row].request.params.logprobs is not None]
+        raw = logits[entries] if entries else None
+        logits = self._process(planned, rows, logits)
+        device = self.placement.device
+        tensors = self._sampling.gather(rows.slots[rows.sampled], rows.sampled_positions, device)
+        tokens = self._sample(logits, tensors)
+        if raw is None:
+            return tokens, None, entries
+        num_top = max(planned[rows.sampled[i]].request.params.logprobs or 0 for i in entries)
+        return tokens, gather_logprobs(raw, tokens[entries], num_top), entries
+
+    def _process(self, planned: Sequence[PlannedRow], rows: _RowArrays, logits: Tensor) -> Tensor:
+        """Run the processors and penalties that rows ask for; logits without any pass through untouched."""
+        sampled = [planned[row] for row in rows.sampled]
+        for processor in self.processors:
+            wanting = [
+                (i, SampleRow(row.request, int(rows.sampled_positions[i]), row.drafts))
+                for i, row in enumerate(sampled)
+                if processor.wants(row.request.params)
+            ]
+            if wanting:
+                processor.apply(logits, wanting)
+        slots = rows.slots[rows.sampled]
+        penalized = np.flatnonzero(self._sampling.penalized[slots])
+        if not len(penalized):
+            return logits
+        device = self.placement.device
+        table, where = self._sampling, slots[penalized]
+        num_known = rows.sampled_positions[penalized]
+        chosen = _to_device(penalized, device)
+        logits[chosen] = apply_penalties(
+            logits[chosen],
+            self._tokens.tensor[_to_device(where, device), : int(num_known.max())],
+            _to_device(table.num_prompt[where], device),
+            _to_device(num_known, device),
+            _to_device(table.repetition_penalty[where], device),
+            _to_device(table.presence_penalty[where], device),
+            _to_device(table.frequency_penalty[where], device),
+        )
+        return logits
+
+    def _prompt_logprobs(
+        self, planned: Sequence[PlannedRow], rows: _RowArrays, hidden: Tensor
+    ) -> dict[int, tuple[Tensor, LogprobTensors]]:
+        """For rows that ask: the log-probability of each prompt token after ``start``, a bounded piece at a time."""
+        found: dict[int, tuple[Tensor, LogprobTensors]] = {}
+        for index, row in enumerate(planned):
+            last = min(row.end, row.request.num_prompt - 1)
+            if not row.request.wants_prompt_logits or row.start >= last:
+                continue
+            begin = int(rows.query_start[index])
+            targets = self._tokens.tensor[row.request.slot, row.start + 1 : last + 1]
+            num_top = row.request.params.prompt_logprobs or 0
+            pieces = []
+            for offset in range(0, last - row.start, PROMPT_LOGPROB_ROWS):
+                stop = min(offset + PROMPT_LOGPROB_ROWS, last - row.start)
+                logits = self.model.logits(hidden[begin + offset : begin + stop])
+                pieces.append(gather_logprobs(logits, targets[offset:stop], num_top))
+            joined = LogprobTensors(
+                *(torch.cat([getattr(piece, name) for piece in pieces]) for name in LogprobTensors.__slots__)
+            )
+            found[index] = (targets.clone(), joined)
+        return found
+
+
+@dataclass(frozen=True, slots=True)
+class _RowArrays:
+    """A plan's numbers as arrays; positions are those of tokens within their sequences."""
+
+    slots: np.ndarray  # [num_rows]
+    query_lens: np.ndarray  # [num_rows]
+    query_start: np.ndarray  # [num_rows + 1]
+    ends: np.ndarray  # [num_rows]: context length with this step's tokens
+    token_slots: np.ndarray  # [num_tokens]
+    positions: np.ndarray  # [num_tokens]
+    sampled: np.ndarray  # [num_sampled]: the row of each token to be sampled
+    sampled_positions: np.ndarray  # [num_sampled]: where that token will stand
+    logit_tokens: np.ndarray  # [num_sampled]: the token of this step whose hidden state decides it
+
+    @classmethod
+    def of(cls, planned: Sequence[PlannedRow]) -> _RowArrays:
+        slots = np.array([row.request.slot for row in planned], np.int64)
+        starts = np.array([row.start for row in planned], np.int64)
+        query_lens = np.array([row.num_tokens for row in planned], np.int64)
+        # a row that samples decides one token per draft and one more
+        num_sampled = np.array([len(row.drafts) + 1 if row.samples else 0 for row in planned], np.int64)
+        query_start = np.zeros(len(planned) + 1, np.int64)
+        np.cumsum(query_lens, out=query_start[1:])
+        ends = starts + query_lens
+        row_of_token = np.repeat(np.arange(len(planned)), query_lens)
+        positions = np.arange(query_start[-1]) - query_start[row_of_token] + starts[row_of_token]
+        sampled = np.repeat(np.arange(len(planned)), num_sampled)
+        first = np.cumsum(num_sampled) - num_sampled
+        offset = np.arange(len(sampled)) - first[sampled] - num_sampled[sampled]  # -num_sampled .. -1
+        return cls(
+            slots=slots,
+            query_lens=query_lens,
+            query_start=query_start,
+            ends=ends,
+            token_slots=slots[row_of_token],
+            positions=positions,
+            sampled=sampled,
+            sampled_positions=ends[sampled] + offset + 1,
+            logit_tokens=query_start[sampled + 1] + offset,
+        )
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Zeros; on a CPU from pages that the system clears when they are first touched: unused ones cost nothing."""
+    if device.type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    return torch.from_numpy(np.zeros(math.prod(shape) * dtype.itemsize, np.uint8)).view(dtype).view(shape)
+
+
+def _to_device(array: np.ndarray, device: torch.device) -> Tensor:
+    tensor = torch.from_numpy(array)
+    if device.type == "cpu":
+        return tensor
+    return tensor.pin_memory().to(device, non_blocking=True)
+
+
+def _listed(chosen: Tensor, values: LogprobTensors, counts: Sequence[int]) -> list[TokenLogprobs]:
+    """Rows of tensors as messages, each with as many alternatives as it asked for."""
+    return [
+        TokenLogprobs(token, logprob, rank, ids[:count], tops[:count])
+        for token, logprob, rank, ids, tops, count in zip(
+            chosen.tolist(),
+            values.logprobs.tolist(),
+            values.ranks.tolist(),
+            values.top_ids.tolist(),
+            values.top_logprobs.tolist(),
+            counts,
+            strict=True,
+        )
+    ]

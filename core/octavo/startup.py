@@ -1,0 +1,357 @@
+"""From a configuration to a running engine: what is needed is found out once, then built in the engine's process."""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from octavo.architectures import choose_model
+from octavo.attention.registry import choose_backend
+from octavo.blocks import BlockManager
+from octavo.config import EngineConfig
+from octavo.engine import Engine
+from octavo.errors import ConfigError
+from octavo.hooks import KernelProvider, Provider
+from octavo.interfaces import AttentionNeed, Checkpoint, Placement
+from octavo.layers.activation import TorchSiluAndMul
+from octavo.layers.builder import Builder
+from octavo.layers.linear import TorchLinear
+from octavo.layers.norm import TorchRMSNorm
+from octavo.loader import (
+    CheckpointLoader,
+    DummyLoader,
+    NoWeights,
+    choose_dtype,
+    open_checkpoint,
+    resolve_model_path,
+)
+from octavo.memory import GIB, MemoryBudget
+from octavo.messages import EngineInfo
+from octavo.operations import Operations, SampleNeed
+from octavo.plugins import Manifest, PluginHost, Selection, select
+from octavo.policies import BUILTIN as BUILTIN_POLICIES
+from octavo.quantization import needed_plugins, resolve_quantization
+from octavo.runner import Runner
+from octavo.sampling import BUILTIN_SAMPLE, make_processors
+from octavo.scheduler import Scheduler
+
+logger = logging.getLogger(__name__)
+
+BUILTIN_KERNELS = (
+    KernelProvider("torch", TorchRMSNorm, priority=-100, operation="rms_norm"),
+    KernelProvider("torch", TorchSiluAndMul, priority=-100, operation="silu_and_mul"),
+    KernelProvider("torch", TorchLinear, priority=-100, operation="linear"),
+    BUILTIN_SAMPLE,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Resolved:
+    """What the parent process found out: the files, the plugins, and a configuration without open questions of
+    those that it can answer (where the model lies, how long a context may be)."""
+
+    config: EngineConfig
+    manifest: Manifest
+    host: PluginHost
+    checkpoint: Checkpoint
+    model_config: Mapping[str, Any]
+    eos_token_ids: frozenset[int]
+
+
+def resolve(config: EngineConfig) -> Resolved:
+    """Find the model's files, choose the plugins, fill in what the model decides.
+
+    Raises:
+        ConfigError: names what cannot work and what to change; PluginError and CheckpointError are kinds of it.
+    """
+    path = resolve_model_path(config.model, config.revision, weights=config.load_format != "dummy")
+    selection = Selection.parse(config.plugins)
+    needed: dict[str, str] = {}
+    if path.is_file():
+        # formats are activated by their suffix: model.gguf needs the plugin "gguf"
+        needed[path.suffix.removeprefix(".")] = f"{path.name} is not a folder in Hugging Face's format"
+    if config.speculative.enabled:
+        needed["speculative"] = "speculation is configured"
+    host = PluginHost(select(selection, needed, prefer=config.prefer), prefer=config.prefer)
+    checkpoint = open_checkpoint(path, [provider.resolve() for provider in host.weight_formats().values()])
+    model_config = {**checkpoint.config(), **config.hf_overrides}
+    needed.update(needed_plugins(checkpoint, config.quantization))
+    manifest = select(selection, needed, prefer=config.prefer)
+    if manifest != host.manifest:
+        host = PluginHost(manifest, prefer=config.prefer)
+    resolved = replace(config, model=str(path), max_model_len=_max_model_len(config, model_config))
+    host.check_capabilities(_capabilities(resolved))
+    host.check_config(resolved)
+    return _resolved(resolved, manifest, host, checkpoint)
+
+
+def reproduce(config: EngineConfig, manifest: Manifest, host: PluginHost) -> Resolved:
+    """The same in the engine's process, from what the parent resolved."""
+    checkpoint = open_checkpoint(
+        resolve_model_path(config.model), [provider.resolve() for provider in host.weight_formats().values()]
+    )
+    return _resolved(config, manifest, host, checkpoint)
+
+
+def _resolved(config: EngineConfig, manifest: Manifest, host: PluginHost, checkpoint: Checkpoint) -> Resolved:
+    model_config = {**checkpoint.config(), **config.hf_overrides}
+    ends = eos_token_ids(model_config, checkpoint.generation_config())
+    return Resolved(config, manifest, host, checkpoint, model_config, ends)
+
+
+def eos_token_ids(*configs: Mapping[str, Any]) -> frozenset[int]:
+    """Every token that any of the configurations calls the end of a sequence."""
+    found: set[int] = set()
+    for config in configs:
+        value = config.get("eos_token_id")
+        if value is not None:
+            found.update([value] if isinstance(value, int) else value)
+    return frozenset(found)
+
+
+def _max_model_len(config: EngineConfig, model_config: Mapping[str, Any]) -> int:
+    trained = model_config.get("max_position_embeddings")
+    if config.max_model_len is None:
+        return int(trained or 2048)
+    return config.max_model_len
+
+
+def _capabilities(config: EngineConfig) -> list[str]:
+    used = {
+        "chunked-prefill": True,
+        "prefix-caching": config.enable_prefix_caching,
+        "speculation": config.speculative.enabled,
+        "tensor-parallel": config.tensor_parallel_size > 1,
+        "batch-invariant": config.batch_invariant,
+        "fp8-kv-cache": config.kv_cache_dtype == "fp8",
+    }
+    return [name for name, on in used.items() if on]
+
+
+def build_engine(resolved: Resolved) -> Engine:
+    """Load the model, take the memory, put the parts together. Runs in the engine's process.
+
+    Raises:
+        ConfigError: names what cannot work and what to change.
+    """
+    config, host = resolved.config, resolved.host
+    clock = _Clock()
+    device = choose_device(config.device)
+    set_num_threads(config, device)
+    placement = Placement(device, choose_dtype(resolved.model_config, config.dtype, device))
+    operations = Operations(BUILTIN_KERNELS, host.kernels(), config.kernels)
+    max_model_len = config.max_model_len
+    assert max_model_len is not None  # resolve() filled it in
+
+    with clock.measure("weights"):
+        dummy = config.load_format == "dummy"
+        weights = NoWeights() if dummy else resolved.checkpoint.weights()
+        load = DummyLoader(placement, operations) if dummy else CheckpointLoader(weights, placement, operations)
+        quantization = resolve_quantization(resolved.checkpoint, config.quantization, host.quantizations(), weights)
+        build = Builder(load, max_model_len=max_model_len, quantization=quantization)
+        model = choose_model(resolved.model_config, host.models())(resolved.model_config, build)
+    weight_bytes = build.num_bytes()
+    logger.info("weights: %.2f GiB on %s, %s", weight_bytes / GIB, device, placement.dtype)
+    logger.info("kernels: %s", ", ".join(f"{op}: {'/'.join(sorted(k))}" for op, k in sorted(operations.log.items())))
+
+    with clock.measure("memory"):
+        first = build.attention_specs[0]
+        kv_dtype = choose_kv_dtype(config.kv_cache_dtype, placement.dtype)
+        need = AttentionNeed(
+            device=device,
+            dtype=placement.dtype,
+            kv_dtype=kv_dtype,
+            block_size=config.block_size,
+            head_dim=first.head_dim,
+            num_heads=first.num_heads,
+            num_kv_heads=first.num_kv_heads,
+            window=any(spec.window is not None for spec in build.attention_specs),
+            soft_cap=any(spec.soft_cap is not None for spec in build.attention_specs),
+            batch_invariant=config.batch_invariant,
+        )
+        backend = choose_backend(host.attention_backends().values(), need, config.attention_backend)
+        vocab_size = int(resolved.model_config["vocab_size"])
+        max_num_batched_tokens = config.max_num_batched_tokens or (8192 if device.type == "cuda" else 2048)
+        max_num_batched_tokens = max(max_num_batched_tokens, config.max_num_seqs)
+
+        def make_runner(num_blocks: int) -> Runner:
+            return Runner(
+                model,
+                backend,
+                build.attention_specs,
+                placement,
+                num_blocks=num_blocks,
+                block_size=config.block_size,
+                kv_dtype=kv_dtype,
+                max_num_seqs=config.max_num_seqs,
+                max_model_len=max_model_len,
+                vocab_size=vocab_size,
+                processors=make_processors(list(host.logits_processors().values()), vocab_size, device),
+                sample=operations.choose("sample", SampleNeed(device, vocab_size))(SampleNeed(device, vocab_size)),
+            )
+
+        block_bytes = sum(
+            torch.Size(backend.kv_shape(spec, 1)).numel() * kv_dtype.itemsize for spec in build.attention_specs
+        )
+        budget = plan_memory(
+            config,
+            device,
+            weight_bytes,
+            block_bytes,
+            activation_bytes(vocab_size, max_num_batched_tokens, config),
+        )
+        logger.info(budget.table())
+        runner = make_runner(budget.num_blocks)
+
+    scheduler = Scheduler(
+        BlockManager(budget.num_blocks, config.block_size, _prefix_cache(config, host)),
+        max_num_seqs=config.max_num_seqs,
+        max_num_batched_tokens=max_num_batched_tokens,
+        max_num_partial_prefills=config.max_num_partial_prefills,
+        policy=_policy(config, host),
+    )
+    info = EngineInfo(
+        model=config.model,
+        architecture=str((resolved.model_config.get("architectures") or ["?"])[0]),
+        dtype=str(placement.dtype).removeprefix("torch."),
+        device=str(device),
+        vocab_size=vocab_size,
+        max_model_len=max_model_len,
+        num_blocks=budget.num_blocks,
+        block_size=config.block_size,
+        max_num_seqs=config.max_num_seqs,
+        max_num_batched_tokens=max_num_batched_tokens,
+        attention_backend=backend.name,
+        weight_bytes=weight_bytes,
+        startup_seconds=clock.seconds,
+    )
+    return Engine(
+        scheduler,
+        runner,
+        info,
+        eos_token_ids=resolved.eos_token_ids,
+        overlap=device.type == "cuda" if config.overlap is None else config.overlap,
+        max_num_waiting=config.max_num_waiting,
+    )
+
+
+# --- the parts -------------------------------------------------------------------------------------------------------
+
+
+def choose_device(wanted: str) -> torch.device:
+    """The device that was asked for, else the GPU if there is one."""
+    if wanted == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(wanted)
+    except RuntimeError as error:
+        raise ConfigError(f"device '{wanted}' is unknown; use auto, cpu or cuda") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("device 'cuda' was asked for, but torch finds no GPU; use --device cpu")
+    return device
+
+
+def set_num_threads(config: EngineConfig, device: torch.device) -> None:
+    """The threads that torch computes with on a CPU: as configured, else OMP_NUM_THREADS, else one per core."""
+    if config.num_threads is not None:
+        torch.set_num_threads(config.num_threads)
+    elif device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+
+
+def choose_kv_dtype(wanted: str, dtype: torch.dtype) -> torch.dtype:
+    """The dtype that keys and values are kept in."""
+    known = {
+        "auto": dtype,
+        "float32": torch.float32,
+        "float16": torch.float16,
+        "bfloat16": torch.bfloat16,
+        "fp8": torch.float8_e4m3fn,
+    }
+    if wanted not in known:
+        raise ConfigError(f"kv_cache_dtype '{wanted}' is not supported; known: {', '.join(known)}")
+    return known[wanted]
+
+
+def activation_bytes(vocab_size: int, max_num_batched_tokens: int, config: EngineConfig) -> int:
+    """An estimate from above of what a full step needs beside weights and caches: logits dominate."""
+    logits = min(config.max_num_seqs, max_num_batched_tokens) * vocab_size * 4 * 4
+    return logits + max_num_batched_tokens * 64 * 1024
+
+
+def plan_memory(
+    config: EngineConfig, device: torch.device, weights: int, block_bytes: int, activations: int
+) -> MemoryBudget:
+    """How many blocks there are. On a CPU a fixed size is set apart; on a GPU, what is left of its memory."""
+    assert config.max_model_len is not None
+    if device.type == "cuda":
+        free, total = torch.cuda.mem_get_info(device)
+        limit = int(total * config.gpu_memory_utilization)
+        others = max(0, total - free - torch.cuda.memory_reserved(device))
+        weights = torch.cuda.memory_allocated(device)
+        knob = "--gpu-memory-utilization"
+    else:
+        total = _host_memory()
+        limit = int(config.cpu_kv_cache_gib * GIB) + weights + activations
+        others = 0
+        knob = "--cpu-kv-cache-gib"
+    return MemoryBudget.plan(
+        device=str(device),
+        total=total,
+        limit=limit,
+        used_by_others=others,
+        weights=weights,
+        activations=activations,
+        block_bytes=block_bytes,
+        block_size=config.block_size,
+        max_model_len=config.max_model_len,
+        num_blocks=config.num_blocks,
+        knob=knob,
+    )
+
+
+def _host_memory() -> int:
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def _prefix_cache(config: EngineConfig, host: PluginHost) -> Any:
+    providers = host.prefix_caches()
+    if not config.enable_prefix_caching or not providers:
+        return None
+    chosen = _named(providers, config.prefix_cache, "prefix cache") if config.prefix_cache else _best(providers)
+    return chosen.resolve()(config.block_size)
+
+
+def _policy(config: EngineConfig, host: PluginHost) -> Any:
+    providers = {provider.name: provider for provider in BUILTIN_POLICIES} | host.scheduling_policies()
+    return _named(providers, config.scheduling_policy, "scheduling policy").resolve()()
+
+
+def _named(providers: Mapping[str, Provider], name: str, what: str) -> Provider:
+    if name not in providers:
+        raise ConfigError(f"no {what} is called '{name}'; there are: {', '.join(providers)}")
+    return providers[name]
+
+
+def _best(providers: Mapping[str, Provider]) -> Provider:
+    return max(providers.values(), key=lambda provider: provider.priority)
+
+
+class _Clock:
+    """Where the time of the start-up goes."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def measure(self, what: str) -> Iterator[None]:
+        started = time.perf_counter()
+        yield
+        self.seconds[what] = time.perf_counter() - started

@@ -18,7 +18,8 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from octavo_kernels.launch import Device, describe, power_of_two
 
-MAX_SPLITS = 32
+MAX_SPLITS = 64
+PROGRAMS_PER_PROCESSOR = 4  # how many programs a split of the context aims at
 INVARIANT_SPLIT_TOKENS = 1024
 LOG2_E = 1.4426950408889634
 
@@ -95,7 +96,7 @@ def _attend_range(
     return accumulator, maximum, total
 
 
-@triton.jit(do_not_specialize=["first_row", "num_rows"])
+@triton.jit(do_not_specialize=["first_row", "num_rows", "num_splits"])
 def _paged_attention(
     out_ptr,
     partial_ptr,
@@ -113,6 +114,7 @@ def _paged_attention(
     scale,
     soft_cap,
     value_scale,
+    num_splits,
     NUM_KV_HEADS: tl.constexpr,
     GROUP: tl.constexpr,
     HEAD_DIM: tl.constexpr,
@@ -120,7 +122,7 @@ def _paged_attention(
     BLOCK_SIZE: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    NUM_SPLITS: tl.constexpr,
+    SPLIT: tl.constexpr,
     SPLIT_TILES: tl.constexpr,
     ONE_TILE: tl.constexpr,
     WINDOW: tl.constexpr,
@@ -186,7 +188,7 @@ def _paged_attention(
     if SPLIT_TILES > 0:
         tiles_per_split = tl.full((), SPLIT_TILES, tl.int32)
     else:
-        tiles_per_split = tl.maximum(tl.cdiv(num_tiles, NUM_SPLITS), 1)
+        tiles_per_split = tl.maximum(tl.cdiv(num_tiles, num_splits), 1)
     num_active = tl.maximum(tl.cdiv(num_tiles, tiles_per_split), 1)
     if split >= num_active:
         return
@@ -215,9 +217,9 @@ def _paged_attention(
         HEAD_DIM, BLOCK_D, BLOCK_N, BLOCK_SIZE, WINDOW, SOFT_CAP, EIGHT_BIT, True, STAGES,
     )  # fmt: skip
 
-    if NUM_SPLITS > 1:
+    if SPLIT:
         unit = tile * NUM_KV_HEADS + head
-        first_partial = unit.to(tl.int64) * NUM_SPLITS
+        first_partial = unit.to(tl.int64) * num_splits
         partial = partial_ptr + (first_partial + split) * (BLOCK_M * BLOCK_D)
         within = m[:, None] * BLOCK_D + d[None, :]
         tl.store(partial + within, accumulator, mask=out_mask)
@@ -273,9 +275,9 @@ def tiling(rows_per_tile: int, head_dim: int) -> Tiling:
     block_m = max(16, min(power_of_two(rows_per_tile), 128))
     if head_dim > 128:
         return Tiling(min(block_m, 64), 32 if block_m <= 32 else 64, 4, 2)
-    if block_m <= 64:
-        return Tiling(block_m, 64, 4, 3)
-    return Tiling(block_m, 64, 8, 3)
+    if block_m == 16:
+        return Tiling(16, 64, 2, 4)
+    return Tiling(block_m, 64, 4, 3)
 
 
 @dataclass(frozen=True, slots=True)
@@ -360,9 +362,8 @@ def _section(
         num_splits = -(-context_tiles // split_tiles)
     else:
         split_tiles = 0
-        programs = figures.num_processors * (4 if shape.block_m <= 64 else 1)
+        programs = figures.num_processors * (PROGRAMS_PER_PROCESSOR if shape.block_m <= 64 else 1)
         num_splits = min(-(-programs // (num_tiles * heads.num_kv_heads)), MAX_SPLITS, context_tiles)
-        num_splits = power_of_two(num_splits)
     partial = statistics = arrivals = None
     if num_splits > 1:
         units = num_tiles * heads.num_kv_heads
@@ -419,6 +420,7 @@ def paged_attention(
             scale * key_scale * LOG2_E,
             0.0 if soft_cap is None else soft_cap * LOG2_E,
             value_scale,
+            section.num_splits,
             NUM_KV_HEADS=num_kv_heads,
             GROUP=num_heads // num_kv_heads,
             HEAD_DIM=head_dim,
@@ -426,7 +428,7 @@ def paged_attention(
             BLOCK_SIZE=block_size,
             BLOCK_M=shape.block_m,
             BLOCK_N=shape.block_n,
-            NUM_SPLITS=section.num_splits,
+            SPLIT=section.num_splits > 1,
             SPLIT_TILES=section.split_tiles,
             ONE_TILE=section.one_tile,
             WINDOW=window or 0,

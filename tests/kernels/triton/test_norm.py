@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-
 from octavo_kernels.norm import TritonRMSNorm, rms_norm, rms_norm_reference
 
 

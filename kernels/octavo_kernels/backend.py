@@ -67,8 +67,16 @@ class TritonAttention(AttentionBackend):
         batch: ForwardBatch,
         plan: list[Section],
     ) -> Tensor:
-        scales = {"key_scale": spec.key_scale, "value_scale": spec.value_scale}
-        rotate_and_store(None, _packed(key), _packed(value), kv, batch.positions, batch.slots, **scales)
+        rotate_and_store(
+            None,
+            _packed(key),
+            _packed(value),
+            kv,
+            batch.positions,
+            batch.slots,
+            key_scale=spec.key_scale,
+            value_scale=spec.value_scale,
+        )
         return self._attend(query.contiguous(), spec, kv, batch, plan)
 
     def forward(self, layer: Attention, qkv: Tensor, kv: Tensor, batch: ForwardBatch, plan: list[Section]) -> Tensor:

@@ -11,7 +11,7 @@ import pytest
 
 pytest.importorskip("triton")
 
-PROGRAM = """
+PROGRAM = r"""
 import json, re, subprocess, sys, tempfile
 import triton
 from triton.backends.compiler import GPUTarget
@@ -85,7 +85,6 @@ print(json.dumps({
 def reports() -> dict[str, dict[str, int]]:
     """Kernel -> what its machine code holds; compiled in a process where the interpreter is off."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    program = PROGRAM.replace("\d", "\\d")
     done = subprocess.run([sys.executable, "-c", PROGRAM], env=environment, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr[-3000:]
     result: dict[str, dict[str, int]] = json.loads(done.stdout.splitlines()[-1])

@@ -371,6 +371,8 @@ class PluginHost:
                 if not isinstance(provider, Provider):
                     raise self._broken(plugin, f"{hook} must return Provider records, not {type(provider).__name__}")
                 name = key(provider)
+                if found.get(name) == provider:
+                    continue  # plugins that share an implementation all name it
                 if name in owners:
                     preferred = self._prefer.get(name)
                     here, there = self._distribution[plugin], self._distribution[owners[name]]

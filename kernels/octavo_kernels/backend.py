@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import ClassVar
 
 import torch
+from torch import Tensor
+
 from octavo.batch import ForwardBatch
 from octavo.interfaces import AttentionBackend, AttentionNeed, AttentionSpec
 from octavo.layers.attention import Attention
-from torch import Tensor
-
 from octavo_kernels.attention import Heads, Section, paged_attention, plan_sections
 from octavo_kernels.launch import missing_device
 from octavo_kernels.rotary import HeadNorm, Rotation, rotate_and_store

@@ -10,11 +10,11 @@ from collections.abc import Mapping
 from typing import Any, ClassVar, Self
 
 import torch
+from torch import Tensor
+
 from octavo import PluginInfo, hookimpl
 from octavo.hooks import KernelProvider, Provider
 from octavo.interfaces import LayerLoader, LinearMethod, LinearPart, LinearSpec, WeightSource
-from torch import Tensor
-
 from octavo_quant.packed import PackedWeight, unpack_bits
 from octavo_quant.parts import PartTensors, checked_group_size, load_parts, multiple, one_of, require_settings
 from octavo_quant.providers import PACKED_KERNELS

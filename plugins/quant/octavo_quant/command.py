@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
 from octavo.errors import CheckpointError, ConfigError
 from octavo.interfaces import WeightSource
 from octavo.loader import HuggingFaceFolder, resolve_model_path
 from octavo.quantization import quantization_settings
-from safetensors.torch import save_file
-from torch import Tensor
-
 from octavo_quant.fp8_weight import Fp8Weight
 
 METHODS = ("fp8", "awq", "gptq")

@@ -14,12 +14,12 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
 import torch
+from torch import Tensor
+
 from octavo import PluginInfo, hookimpl
 from octavo.errors import CheckpointError
 from octavo.hooks import KernelProvider, Provider
 from octavo.interfaces import LayerLoader, LinearMethod, LinearPart, LinearSpec, WeightSource
-from torch import Tensor
-
 from octavo_quant.fp8_weight import FP8, Activation, Fp8Weight, read_fp8
 from octavo_quant.packed import PackedWeight, unpack_bits, word_slice
 from octavo_quant.parts import PartTensors, checked_group_size, checked_groups, load_parts, multiple, one_of

@@ -15,7 +15,6 @@ from octavo import PluginInfo, hookimpl
 from octavo.errors import CheckpointError
 from octavo.hooks import KernelProvider, Provider
 from octavo.interfaces import LayerLoader, LinearMethod, LinearPart, LinearSpec, WeightSource
-
 from octavo_quant.fp8_weight import FP8, Fp8Weight, read_fp8
 from octavo_quant.parts import PartTensors, load_parts, one_of
 from octavo_quant.providers import FP8_KERNELS
@@ -34,13 +33,6 @@ def octavo_quantizations() -> list[Provider]:
 @hookimpl
 def octavo_kernels() -> list[KernelProvider]:
     return FP8_KERNELS
-
-
-@hookimpl
-def octavo_commands() -> Mapping[str, Any]:
-    from octavo_quant.command import add_quantize
-
-    return {"quantize": add_quantize}
 
 
 class FP8Quantization:

@@ -8,9 +8,9 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
-from octavo.interfaces import LayerLoader, LinearMethod, LinearPart, LinearSpec
 from torch import Tensor
 
+from octavo.interfaces import LayerLoader, LinearMethod, LinearPart, LinearSpec
 from octavo_quant.parts import PartTensors
 
 OPERATION = "linear_fp8"

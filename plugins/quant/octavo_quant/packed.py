@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from octavo.interfaces import LayerLoader, LinearMethod
 from torch import Tensor
+
+from octavo.interfaces import LayerLoader, LinearMethod
 
 OPERATION = "linear_packed"
 """Made with ``(PackedNeed, PackedWeight, bias [out_features] or None)``: a LinearMethod."""

@@ -7,10 +7,11 @@ from dataclasses import replace
 from typing import Any, Protocol, Self
 
 import torch
+from torch import Tensor
+
 from octavo.errors import CheckpointError
 from octavo.interfaces import LayerLoader, LinearMethod, LinearPart, LinearSpec, WeightSource
 from octavo.layers.linear import JoinedLinear, load_plain
-from torch import Tensor
 
 
 class QuantizedWeight(Protocol):

@@ -8,6 +8,9 @@ from typing import Any
 
 import pytest
 import torch
+from tests.paging import PagedSequences
+from torch import Tensor
+
 from octavo.architectures import choose_model
 from octavo.attention.torch_backend import TorchAttention
 from octavo.hooks import KernelProvider
@@ -23,9 +26,6 @@ from octavo.quantization import resolve_quantization
 from octavo_models.plugin import octavo_models
 from octavo_quant import awq, compressed_tensors, fp8, gptq
 from octavo_quant.providers import FP8_KERNELS, PACKED_KERNELS
-from torch import Tensor
-
-from tests.paging import PagedSequences
 
 FIXTURES = Path(__file__).parents[2] / "fixtures" / "quant"
 MAX_MODEL_LEN = 64

@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 import torch
 from safetensors.torch import load_file
-
 from tests.plugins.quant.conftest import FIXTURES, LoadedModel
 
 ALL = sorted(path.name for path in FIXTURES.iterdir() if (path / "config.json").exists())

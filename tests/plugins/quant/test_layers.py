@@ -8,6 +8,9 @@ import json
 import pytest
 import torch
 import transformers
+from tests.plugins.quant.conftest import FIXTURES, LoadedModel, Tensors
+from tests.plugins.quant.packers import interleave, pack_bits
+
 from octavo.errors import CheckpointError, ConfigError
 from octavo.interfaces import LinearPart, LinearSpec
 from octavo.loader import HuggingFaceFolder
@@ -19,9 +22,6 @@ from octavo_quant.fp8 import FP8Quantization
 from octavo_quant.fp8_weight import FP8
 from octavo_quant.gptq import GPTQ
 from octavo_quant.packed_linear import ReferencePacked
-
-from tests.plugins.quant.conftest import FIXTURES, LoadedModel, Tensors
-from tests.plugins.quant.packers import interleave, pack_bits
 
 
 def spec(*parts: LinearPart, num_in: int, columns: slice | None = None, bias: bool = False) -> LinearSpec:

@@ -6,11 +6,11 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from tests.plugins.quant.packers import interleave, pack_bits
+
 from octavo_quant.awq import unpack_interleaved
 from octavo_quant.packed import PackedNeed, PackedWeight, unpack_bits, word_slice
 from octavo_quant.packed_linear import Int4CPU, ReferencePacked
-
-from tests.plugins.quant.packers import interleave, pack_bits
 
 CPU = torch.device("cpu")
 

@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 import threading
+
 import msgspec
 import zmq
 

@@ -93,6 +93,8 @@ class Engine:
                 fork_of=first,
                 needs_history=needs_history,
             )
+            if request.wants_prompt_logits:
+                request.prompt_logprobs = [None] * request.num_prompt  # the first has none, even if it is the only one
             first = first or request
             self.scheduler.add(request)
 
@@ -195,10 +197,8 @@ class Engine:
     def _collect_prompt_logprobs(self, item: SettledRow, found: Sequence[TokenLogprobs] | None) -> None:
         """Positions arrive chunk by chunk, and again after a preemption; they leave with the first token."""
         request = item.row.request
-        if found is None or request.num_output > len(item.token_ids):
+        if found is None or request.prompt_logprobs is None:
             return
-        if request.prompt_logprobs is None:
-            request.prompt_logprobs = [None] * request.num_prompt
         start = item.row.start + 1
         request.prompt_logprobs[start : start + len(found)] = found
 

@@ -12,6 +12,8 @@ together; the prompt's share is not counted. The best of --repeats is taken for 
 from __future__ import annotations
 
 import argparse
+import functools
+import importlib
 import importlib.metadata
 import json
 import platform
@@ -23,6 +25,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from octavo.config import DType, EngineConfig
 from octavo.engine import Engine
@@ -71,7 +74,7 @@ class Octavo:
         params = SamplingParams(temperature=0.0, max_tokens=num_tokens, ignore_eos=True)
         for prompt in prompts:
             self._name += 1
-            self._engine.submit(Submit(str(self._name), list(prompt), params))
+            self._engine.submit(Submit(str(self._name), list(prompt), params, seed=0))
 
     def _step(self) -> int:
         outputs = self._engine.settle(self._engine.launch())
@@ -134,12 +137,11 @@ class LlamaCpp:
     """llama.cpp through ``llama_cpp``'s low-level calls: one batch of all sequences per step, greedy."""
 
     def __init__(self, file: Path) -> None:
-        import llama_cpp
-
-        self._api = llama_cpp
-        llama_cpp.llama_log_set(llama_cpp.llama_log_callback(lambda level, text, data: None), None)
-        self._model = llama_cpp.llama_model_load_from_file(str(file).encode(), llama_cpp.llama_model_default_params())
-        self._vocab_size = llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(self._model))
+        api = self._api = importlib.import_module("llama_cpp")
+        self._silence = api.llama_log_callback(lambda level, text, data: None)  # kept: C calls it
+        api.llama_log_set(self._silence, None)
+        self._model = api.llama_model_load_from_file(str(file).encode(), api.llama_model_default_params())
+        self._vocab_size = api.llama_vocab_n_tokens(api.llama_model_get_vocab(self._model))
 
     def _context(self, num_sequences: int, length: int) -> Any:
         settings = self._api.llama_context_default_params()
@@ -161,11 +163,7 @@ class LlamaCpp:
 
     def _greedy(self, context: Any, index: int) -> int:
         logits = self._api.llama_get_logits_ith(context, index)
-        array = torch.frombuffer(
-            (self._api.ctypes.c_float * self._vocab_size).from_address(self._api.ctypes.addressof(logits.contents)),
-            dtype=torch.float32,
-        )
-        return int(array.argmax())
+        return int(np.ctypeslib.as_array(logits, shape=(self._vocab_size,)).argmax())
 
     def decode(self, prompts: Sequence[Sequence[int]], num_tokens: int) -> float:
         context = self._context(len(prompts), len(prompts[0]) + num_tokens)
@@ -270,11 +268,11 @@ def main() -> None:
         dummy = arguments.model is None
         makers: dict[str, Callable[[], Octavo | Transformers | LlamaCpp]] = {}
         for dtype in arguments.dtypes:
-            makers[f"octavo {dtype}"] = lambda dtype=dtype: Octavo(model, dtype, dummy)
+            makers[f"octavo {dtype}"] = functools.partial(Octavo, model, dtype, dummy)
             if not arguments.no_peers:
-                makers[f"transformers {dtype}"] = lambda dtype=dtype: Transformers(model, dtype, dummy)
+                makers[f"transformers {dtype}"] = functools.partial(Transformers, model, dtype, dummy)
         if arguments.gguf is not None:
-            makers[f"llama.cpp {arguments.gguf.stem}"] = lambda: LlamaCpp(arguments.gguf)
+            makers[f"llama.cpp {arguments.gguf.stem}"] = functools.partial(LlamaCpp, arguments.gguf)
         engines = {name: make() for name, make in makers.items()}
         best: dict[str, dict[str, float]] = {name: {} for name in engines}
         for repeat in range(arguments.repeats):  # in turn, so that a busy minute hits all of them

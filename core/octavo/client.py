@@ -249,7 +249,7 @@ class ProcessClient:
             self._outbox.send(encode(command))
 
     def _receive(self, timeout: float) -> StepOutputs | EngineInfo | EngineFailed | None:
-        if self._socket.poll(timeout * 1000):
+        if self._socket.poll(int(timeout * 1000)):
             return decode_event(self._socket.recv())
         return None
 

@@ -122,6 +122,38 @@ class Frontend:
         if request_id in self._open:
             self.client.abort(request_id)
 
+    def checked(self, prompt: Sequence[int], params: SamplingParams) -> SamplingParams:
+        """The parameters with ``max_tokens`` settled.
+
+        Raises:
+            RequestError: the request is one that the engine must never see; names the field and the limit.
+        """
+        vocab_size, max_model_len = self.client.info.vocab_size, self.client.info.max_model_len
+        if not prompt:
+            raise RequestError("the prompt is empty; it must hold at least one token", param="prompt")
+        _require_tokens("the prompt", prompt, vocab_size, "prompt")
+        _require_tokens("logit_bias", params.logit_bias or (), vocab_size, "logit_bias")
+        _require_tokens("allowed_token_ids", params.allowed_token_ids or (), vocab_size, "allowed_token_ids")
+        _require_tokens("stop_token_ids", params.stop_token_ids, vocab_size, "stop_token_ids")
+        room = max_model_len - len(prompt)
+        if room < 1:
+            raise RequestError(
+                f"the prompt has {len(prompt)} tokens, but the context holds {max_model_len} and at least one must be "
+                f"left for the answer; shorten the prompt",
+                param="prompt",
+                code="context_length_exceeded",
+            )
+        if params.max_tokens is None:
+            return params.replace(max_tokens=room)
+        if params.max_tokens > room:
+            raise RequestError(
+                f"the prompt has {len(prompt)} tokens and max_tokens asks for {params.max_tokens} more, but the "
+                f"context holds {max_model_len}; shorten the prompt or set max_tokens to at most {room}",
+                param="max_tokens",
+                code="context_length_exceeded",
+            )
+        return params
+
     # --- from the client's thread ------------------------------------------------------------------------------------
 
     def handle_outputs(self, outputs: StepOutputs) -> None:
@@ -171,38 +203,6 @@ class Frontend:
         if self._on_finished is not None:
             self._on_finished(summary)
 
-    def checked(self, prompt: Sequence[int], params: SamplingParams) -> SamplingParams:
-        """The parameters with ``max_tokens`` settled.
-
-        Raises:
-            RequestError: the request is one that the engine must never see; names the field and the limit.
-        """
-        vocab_size, max_model_len = self.client.info.vocab_size, self.client.info.max_model_len
-        if not prompt:
-            raise RequestError("the prompt is empty; it must hold at least one token", param="prompt")
-        _require_tokens("the prompt", prompt, vocab_size, "prompt")
-        _require_tokens("logit_bias", params.logit_bias or (), vocab_size, "logit_bias")
-        _require_tokens("allowed_token_ids", params.allowed_token_ids or (), vocab_size, "allowed_token_ids")
-        _require_tokens("stop_token_ids", params.stop_token_ids, vocab_size, "stop_token_ids")
-        room = max_model_len - len(prompt)
-        if room < 1:
-            raise RequestError(
-                f"the prompt has {len(prompt)} tokens, but the context holds {max_model_len} and at least one must be "
-                f"left for the answer; shorten the prompt",
-                param="prompt",
-                code="context_length_exceeded",
-            )
-        if params.max_tokens is None:
-            return params.replace(max_tokens=room)
-        if params.max_tokens > room:
-            raise RequestError(
-                f"the prompt has {len(prompt)} tokens and max_tokens asks for {params.max_tokens} more, but the "
-                f"context holds {max_model_len}; shorten the prompt or set max_tokens to at most {room}",
-                param="max_tokens",
-                code="context_length_exceeded",
-            )
-        return params
-
 
 def _call_sinks(deliveries: list[Delivery]) -> None:
     for sink, delta in deliveries:
@@ -251,10 +251,12 @@ class _OpenRequest:
     def push(self, output: SequenceOutput) -> CompletionDelta | None:
         """What a step brought to one sample; None when there is nothing to tell yet."""
         self.num_cached = max(self.num_cached, output.num_cached_tokens)
-        self.num_output += len(output.token_ids)
         sample = self.samples[output.index]
         delta = sample.push(output, self._prompt_logprobs(output.prompt_logprobs))
-        if delta is not None and delta.finish_reason is not None:
+        if delta is None:
+            return None
+        self.num_output += len(delta.token_ids)
+        if delta.finish_reason is not None:
             self.finished.add(output.index)
             self.timing = delta.timing
         return delta
@@ -324,7 +326,8 @@ class _Sample:
         """See :meth:`_OpenRequest.push`."""
         if output.token_ids and not self.first_token_at:
             self.first_token_at = time.monotonic()
-        reason, stop_reason, timing = output.finish_reason, output.stop_token_id, output.timing
+        reason, timing = output.finish_reason, output.timing
+        stop_reason: str | int | None = output.stop_token_id
         if self._stops is None and output.logprobs is None:  # nothing is ever held back
             text, token_ids, logprobs = self._decode_all(output), output.token_ids, None
         else:
@@ -364,7 +367,8 @@ class _Sample:
     def _decode_all(self, output: SequenceOutput) -> str:
         shown = self._num_shown(output)
         text = self._detokenizer.push(output.token_ids[:shown])
-        return text if output.finish_reason is None else text + self._detokenizer.flush()
+        ended = output.finish_reason is not None and bool(output.token_ids)
+        return text + self._detokenizer.flush() if ended else text
 
     def _take(self, output: SequenceOutput) -> str | None:
         """Decode token by token into ``_waiting``; returns the stop string at which it stopped taking."""

@@ -14,6 +14,7 @@ from octavo.config import EngineConfig
 from octavo.default_model import find_default_model
 from octavo.errors import ConfigError, RequestError
 from octavo.frontend import Collector, Frontend, Sink
+from octavo.messages import EngineInfo
 from octavo.outputs import CompletionDelta, RequestOutput
 from octavo.request import SamplingParams
 from octavo.startup import resolve
@@ -37,15 +38,21 @@ class LLM:
         ConfigError: the model cannot be served so; says why and what to change.
     """
 
-    def __init__(self, model: str | None = None, *, config: EngineConfig | None = None, **options: Any) -> None:
-        if config is not None and (model is not None or options):
-            raise ConfigError("give LLM either a config or a model with options, not both")
-        if config is None:
-            unknown = sorted(set(options) - set(EngineConfig.__dataclass_fields__))
-            if unknown:
-                known = ", ".join(EngineConfig.__dataclass_fields__)
-                raise ConfigError(f"LLM has no option {', '.join(unknown)}; there are: {known}")
-            config = EngineConfig(model=model or find_default_model(), **options)
+    def __init__(self, model: str | None = None, **options: Any) -> None:
+        unknown = sorted(set(options) - set(EngineConfig.__dataclass_fields__))
+        if unknown:
+            known = ", ".join(EngineConfig.__dataclass_fields__)
+            raise ConfigError(f"LLM has no option {', '.join(unknown)}; there are: {known}")
+        self._start(EngineConfig(model=model or find_default_model(), **options))
+
+    @classmethod
+    def from_config(cls, config: EngineConfig) -> LLM:
+        """The same from a configuration that is complete already."""
+        llm = cls.__new__(cls)
+        llm._start(config)
+        return llm
+
+    def _start(self, config: EngineConfig) -> None:
         resolved = resolve(config)
         self.text = TextProcessor.from_checkpoint(resolved.checkpoint)
         self.client: EngineClient = ThreadClient(resolved)
@@ -86,6 +93,11 @@ class LLM:
             for conversation in conversations
         ]
         return self._run(ids, [None] * len(ids), _params_for(len(ids), params), use_tqdm)
+
+    @property
+    def info(self) -> EngineInfo:
+        """What the running engine is: sizes, dtype, device, backend."""
+        return self.client.info
 
     def close(self) -> None:
         """Stop the engine and give its memory back."""

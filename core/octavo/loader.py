@@ -125,7 +125,10 @@ class HuggingFaceFolder:
     def _weight_files(self) -> list[Path]:
         indexes = sorted(self.path.glob("*.safetensors.index.json"))
         if indexes:
-            shards = sorted({self.path / name for name in _read_json(indexes[0])["weight_map"].values()})
+            weight_map = _read_json(indexes[0]).get("weight_map")
+            if not isinstance(weight_map, dict):
+                raise CheckpointError(f"{indexes[0]} has no weight_map from tensors to files; fetch it again")
+            shards = sorted({self.path / name for name in weight_map.values()})
             absent = [shard.name for shard in shards if not shard.exists()]
             if absent:
                 raise CheckpointError(f"{indexes[0]} names {', '.join(absent)}, which is not there; fetch it again")
@@ -301,7 +304,9 @@ def choose_dtype(config: Mapping[str, Any], wanted: str, device: torch.device) -
 
 def _read_json(file: Path) -> dict[str, Any]:
     try:
-        content: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError) as error:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
         raise CheckpointError(f"{file} cannot be read: {error}") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{file} holds no JSON object; fetch it again")
     return content

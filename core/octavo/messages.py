@@ -142,12 +142,14 @@ def encode(message: Command | Event) -> bytes:
 
 def decode_command(data: bytes) -> Command:
     """The client's message; raises msgspec.ValidationError when it is none."""
-    return msgspec.msgpack.decode(data, type=Command)
+    command: Command = msgspec.msgpack.decode(data, type=Command)
+    return command
 
 
 def decode_event(data: bytes) -> Event:
     """The engine's message; raises msgspec.ValidationError when it is none."""
-    return msgspec.msgpack.decode(data, type=Event)
+    event: Event = msgspec.msgpack.decode(data, type=Event)
+    return event
 
 
 def samples(submit: Submit) -> Sequence[tuple[int, int]]:

@@ -166,7 +166,7 @@ class Runner:
     def _mark(self) -> torch.cuda.Event | None:
         if self.placement.device.type != "cuda":
             return None
-        event = torch.cuda.Event()
+        event = torch.cuda.Event()  # type: ignore[no-untyped-call]
         event.record()
         return event
 
@@ -203,7 +203,7 @@ class Runner:
             self.placement.device,
         )
         sizes = [num_rows, num_rows + 1, num_rows, num_tokens, num_tokens, len(rows.logit_tokens)]
-        slots, query_start, seq_lens, token_slots, positions, logit_rows = packed.split(sizes)
+        slots, query_start, seq_lens, token_slots, positions, logit_rows = torch.split(packed, sizes)
         max_seq_len = int(rows.ends.max())
         tables = self._blocks.tensor
         block = tables[token_slots, torch.div(positions, self.block_size, rounding_mode="floor")]
@@ -336,7 +336,7 @@ class _RowArrays:
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Zeros; on a CPU from pages that the system clears when they are first touched, so that unused ones cost nothing."""
+    """Zeros; on a CPU from pages that the system clears when they are first touched: unused ones cost nothing."""
     if device.type != "cpu":
         return torch.zeros(shape, dtype=dtype, device=device)
     return torch.from_numpy(np.zeros(math.prod(shape) * dtype.itemsize, np.uint8)).view(dtype).view(shape)

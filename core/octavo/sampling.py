@@ -32,7 +32,8 @@ def uniform(seeds: np.ndarray, positions: np.ndarray, stream: int = 0) -> np.nda
     with np.errstate(over="ignore"):
         counter = positions.astype(np.uint64) * np.uint64(4) + np.uint64(stream)
         state = _mix(seeds.astype(np.uint64)) + (counter + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
-        return (_mix(state) >> np.uint64(11)).astype(np.float64) * 2.0**-53
+        numbers: np.ndarray = (_mix(state) >> np.uint64(11)).astype(np.float64) * 2.0**-53
+        return numbers
 
 
 def _mix(x: np.ndarray) -> np.ndarray:

@@ -11,6 +11,7 @@ import bisect
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from octavo.batch import PlannedRow, StepPlan
 from octavo.blocks import BlockManager
@@ -194,39 +195,39 @@ class Scheduler:
         start = self._find_start(request, draft)
         if start is None:
             return False
-        table, num_computed, copies = start
+        table = start.table
         needed = self.blocks.blocks_for(request.num_known + 1) - len(table)
         reserve = self._watermark if self.running else 0
         if needed + reserve > self.blocks.num_free or not self.blocks.reserve(table, request.num_known + 1):
             self.blocks.release(table)
             return False
-        draft.copies.extend(copies)
+        draft.copies.extend(start.copies)
         self.waiting.remove(request)
         request.blocks = table
-        request.num_computed = num_computed
-        request.num_stored = num_computed // self.blocks.block_size
+        request.num_computed = start.num_computed
+        request.num_stored = start.num_stored
         request.slot = self._free_slots.pop()
         request.state = RequestState.RUNNING
         if not request.scheduled_at:
             request.scheduled_at = time.monotonic()
-            request.num_cached = num_computed
+            request.num_cached = start.num_computed
         self.running[request.key] = request
         return True
 
-    def _find_start(self, request: Request, draft: _Draft) -> tuple[list[int], int, list[tuple[int, int]]] | None:
-        """Blocks that hold the request's first tokens already: (table, number of those tokens, copies to make)."""
+    def _find_start(self, request: Request, draft: _Draft) -> _Start | None:
+        """What has been computed already of the request's first tokens; None if there is no block to begin with."""
         parent = request.fork_of
         if parent is not None and _can_fork(request):
             # all but the last prompt token: that one is computed again, for logits of its own
             forked = self.blocks.fork(parent.blocks, request.num_prompt - 1)
-            return None if forked is None else (forked[0], request.num_prompt - 1, forked[1])
+            return None if forked is None else _Start(forked[0], request.num_prompt - 1, 0, forked[1])
         if request.wants_prompt_logits:
-            return [], 0, []  # every position must be computed
+            return _Start([], 0, 0, [])  # every position must be computed
         table = self.blocks.lookup(request.tokens[:-1], request.salt)
         num_found = len(table) * self.blocks.block_size
         draft.num_prefix_queries += len(request.tokens)
         draft.num_prefix_hits += num_found
-        return table, num_found, []
+        return _Start(table, num_found, len(table), [])
 
     # --- settling ----------------------------------------------------------------------------------------------------
 
@@ -301,6 +302,15 @@ def _can_fork(request: Request) -> bool:
         and parent.num_computed >= request.num_prompt
         and request.num_output == 0
     )
+
+
+class _Start(NamedTuple):
+    """Blocks that hold a request's first tokens already."""
+
+    table: list[int]
+    num_computed: int
+    num_stored: int  # leading blocks of the table that the prefix cache knows
+    copies: list[tuple[int, int]]
 
 
 class _Draft:

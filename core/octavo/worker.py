@@ -59,7 +59,7 @@ def _run(socket: zmq.Socket[bytes]) -> None:
 
     def receive(timeout: float | None) -> list[Command]:
         commands: list[Command] = []
-        if socket.poll(None if timeout is None else timeout * 1000):
+        if socket.poll(None if timeout is None else int(timeout * 1000)):
             commands.append(decode_command(socket.recv()))
             while socket.poll(0):
                 commands.append(decode_command(socket.recv()))

@@ -17,6 +17,7 @@
 #define CHUNK 128     /* keys; a multiple of every vector, while a block may be longer or shorter */
 #define PANEL 6       /* rows whose sums are in registers together */
 #define DIM_VECTORS 4 /* vectors of a head's dimension that are summed together */
+#define SMALL (1 << 21) /* multiplications: below, waking a thread takes longer than it helps */
 
 /* As in Python: octavo_cpu.attention.LayerStructure. */
 typedef struct {
@@ -338,6 +339,10 @@ void attention(const layer_t *layer, const batch_t *batch, const void *query, in
                const void *value, int64_t key_stride, void *kv, void *output) {
     const int64_t size = size_of(layer->dtype);
     call_t call = {layer, batch, query, key, value, query_stride * size, key_stride * size, kv, output};
-    run_shares(write_share, &call, batch->num_threads);
-    run_shares(attend_share, &call, batch->num_threads);
+    int64_t pairs = 0; /* of a query and a key, from above */
+    for (int64_t row = 0; row < batch->num_rows; row++)
+        pairs += (int64_t)(batch->query_start[row + 1] - batch->query_start[row]) * batch->seq_lens[row];
+    const int num_threads = 2 * pairs * layer->num_heads * layer->head_dim < SMALL ? 1 : batch->num_threads;
+    run_shares(write_share, &call, num_threads);
+    run_shares(attend_share, &call, num_threads);
 }

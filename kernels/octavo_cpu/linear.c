@@ -11,6 +11,7 @@
 #define PANEL 6
 #define TILE_VECTORS (LANES == 8 ? 2 : 4) /* PANEL * TILE_VECTORS sums fit into the registers */
 #define TILE (TILE_VECTORS * LANES)
+#define SMALL (1 << 19) /* weights times panels of rows: below, waking a thread takes longer than it helps */
 /* As in Python: octavo_cpu.linear.PackedLinear. */
 typedef struct {
     const void *weights;
@@ -140,5 +141,6 @@ static void multiply_share(void *work, int thread, int num_threads) {
 /* x [num_rows, in_features] -> y [num_rows, out_features], both of the layer's dtype. */
 void linear(const linear_t *layer, const void *x, void *y, int64_t num_rows, int32_t num_threads) {
     product_t product = {layer, x, y, num_rows};
-    run_shares(multiply_share, &product, num_threads);
+    const int64_t work = layer->in_features * layer->out_features * ((num_rows + PANEL - 1) / PANEL);
+    run_shares(multiply_share, &product, work < SMALL ? 1 : num_threads);
 }

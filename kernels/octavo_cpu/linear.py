@@ -85,7 +85,7 @@ class OneDNNLinear:
     def missing(cls, need: LinearNeed) -> list[str]:
         if need.device.type != "cpu":
             return [f"runs on a CPU, not on {need.device.type}"]
-        if not torch.backends.mkldnn.is_available():
+        if not torch._C._has_mkldnn:
             return ["this build of torch has no oneDNN"]
         if need.dtype not in DTYPES:
             return [f"computes in {', '.join(str(known) for known in DTYPES)}, not in {need.dtype}"]

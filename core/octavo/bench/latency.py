@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
+import msgspec
 from tqdm import tqdm
 
 from octavo.bench import report
@@ -14,6 +15,9 @@ from octavo.bench.metrics import distribution, parse_percentiles
 from octavo.bench.throughput import WARMUP_SEED, generate
 from octavo.config import EngineConfig
 from octavo.errors import ConfigError
+
+if TYPE_CHECKING:
+    from octavo.llm import LLM
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -51,7 +55,7 @@ def run(args: argparse.Namespace, config: EngineConfig) -> int:
 
     batches: list[float] = []
     steps: list[float] = []
-    with LLM.from_config(config) as llm:
+    with LLM(config=config) as llm:
         for iteration in tqdm(
             range(-args.num_iters_warmup, args.num_iters), disable=args.disable_tqdm or None, unit="round"
         ):
@@ -59,13 +63,14 @@ def run(args: argparse.Namespace, config: EngineConfig) -> int:
                 args.batch_size,
                 input_len=args.input_len,
                 output_len=args.output_len,
-                vocab_size=llm.info.vocab_size,
+                vocab_size=llm.client.info.vocab_size,
                 seed=WARMUP_SEED + iteration,  # prompts that no earlier round has left in the prefix cache
             )
             batch, step = _round(llm, prompts, args.short_output_len)
             if iteration >= 0:
                 batches.append(batch)
                 steps.append(step)
+        info = llm.client.info
     result = {"batch": distribution(batches, percentiles), "decode_step": distribution(steps, percentiles)}
     print(
         f"{args.batch_size} prompts of {args.input_len} tokens, {args.output_len} tokens out, {args.num_iters} rounds"
@@ -75,12 +80,12 @@ def run(args: argparse.Namespace, config: EngineConfig) -> int:
         print(f"{label:<24}" + "".join(f"{value:>10.2f}" for value in result[name].values()))
     if args.save_result is not None:
         arguments = {name: value for name, value in vars(args).items() if name not in ("start", "debug")}
-        report.save(args.save_result, "bench latency", arguments, result)
+        report.save(args.save_result, "bench latency", arguments, {"engine": msgspec.to_builtins(info), **result})
         print(f"wrote {args.save_result}")
     return 0
 
 
-def _round(llm: Any, prompts: list[BenchRequest], short_len: int) -> tuple[float, float]:
+def _round(llm: LLM, prompts: list[BenchRequest], short_len: int) -> tuple[float, float]:
     """Seconds for the batch with new prompts, and for one decode step: (long - short) / difference in tokens, of runs
     that find the same prompts computed alike."""
     long_len = prompts[0].num_output_tokens

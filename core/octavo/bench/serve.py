@@ -117,6 +117,12 @@ def run(args: argparse.Namespace) -> int:
     )
     if args.plot is not None:
         plot.require_matplotlib()
+    if args.save_detailed and args.save_result is None:
+        raise ConfigError("--save-detailed needs --save-result FILE")
+    if args.max_concurrency is not None and args.max_concurrency < 1:
+        raise ConfigError(f"--max-concurrency must be at least 1, not {args.max_concurrency}")
+    if args.num_warmups < 0:
+        raise ConfigError(f"--num-warmups must be at least 0, not {args.num_warmups}")
     if not target.model:
         target = client.run_loop(client.first_model(target))
     tokenizer = workload.load_tokenizer(args.tokenizer) if args.tokenizer else None
@@ -127,27 +133,34 @@ def run(args: argparse.Namespace) -> int:
     warmups = random_requests(args.num_warmups, input_len=16, output_len=16, vocab_size=vocab_size, seed=WARMUP_SEED)
     if prompt_as == "text":
         requests, warmups = _texts(requests, tokenizer), _texts(warmups, tokenizer)
-    results, duration = client.run_loop(_measure(args, target, warmups, requests))
+    arrivals = arrival_times(len(requests), args.request_rate, args.burstiness, args.seed)
+    results, duration = client.run_loop(_measure(args, target, warmups, requests, arrivals))
     summary = summarize(results, duration, percentiles=percentiles, metrics=metrics, objectives=objectives)
     print(report.serving_table(summary))
     if args.save_result is not None:
         details = {"requests": _details(results)} if args.save_detailed else {}
         report.save(args.save_result, "bench serve", _arguments(args, target), summary | details)
         print(f"\nwrote {args.save_result}")
-    if args.plot is not None and summary["num_completed"]:
-        plot.plot_serving(args.plot, results, f"{target.model} at {target.base_url}, {_load(args)}")
-        print(f"wrote {args.plot}")
+    if args.plot is not None:
+        if summary["num_completed"]:
+            plot.plot_serving(args.plot, results, f"{target.model} at {target.base_url}, {_load(args)}")
+            print(f"wrote {args.plot}")
+        else:
+            print(f"{args.plot} is not written: no request completed", file=sys.stderr)
     return int(summary["num_failed"] > 0)
 
 
 async def _measure(
-    args: argparse.Namespace, target: client.Target, warmups: Sequence[BenchRequest], requests: Sequence[BenchRequest]
+    args: argparse.Namespace,
+    target: client.Target,
+    warmups: Sequence[BenchRequest],
+    requests: Sequence[BenchRequest],
+    arrivals: Sequence[float],
 ) -> tuple[list[RequestResult], float]:
     for warmup in warmups:
         result = await client.complete(target, target.completion(warmup), warmup.num_prompt_tokens)
         if not result.completed:
             raise ConfigError(f"the warm-up request failed, nothing was measured: {result.error}")
-    arrivals = arrival_times(len(requests), args.request_rate, args.burstiness, args.seed)
     with tqdm(total=len(requests), unit="request", disable=args.disable_tqdm or None) as progress:
         return await client.drive(
             target,

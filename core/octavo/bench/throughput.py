@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import msgspec
 from tqdm import tqdm
 
 from octavo.bench import report, workload
@@ -15,6 +17,9 @@ from octavo.bench.datasets import BenchRequest, random_requests
 from octavo.config import EngineConfig
 from octavo.errors import ConfigError
 from octavo.request import SamplingParams
+
+if TYPE_CHECKING:
+    from octavo.llm import LLM
 
 WARMUP_SEED = 987654321
 
@@ -37,19 +42,20 @@ def run(args: argparse.Namespace, config: EngineConfig) -> int:
         raise ConfigError(f"--hf-batch-size must be at least 1, not {args.hf_batch_size}")
     from octavo.llm import LLM
 
+    progress = not args.disable_tqdm and sys.stderr.isatty()
     tokenizer = workload.load_tokenizer(config.tokenizer or config.model) if args.dataset_name == "sharegpt" else None
-    with LLM.from_config(config) as llm:
-        size = min(args.vocab_size or llm.info.vocab_size, llm.info.vocab_size)
+    with LLM(config=config) as llm:
+        size = min(args.vocab_size or llm.client.info.vocab_size, llm.client.info.vocab_size)
         requests = workload.requests(args, size, tokenizer, config.seed)
         warmup = random_requests(1, input_len=16, output_len=16, vocab_size=size, seed=WARMUP_SEED)
         generate(llm, warmup, progress=False)
-        seconds, num_output = generate(llm, requests, progress=not args.disable_tqdm)
-        dtype, device = llm.info.dtype, llm.info.device
-    result: dict[str, Any] = {"octavo": figures(requests, num_output, seconds)}
+        seconds, num_output = generate(llm, requests, progress=progress)
+        info = llm.client.info
+    result: dict[str, Any] = {"engine": msgspec.to_builtins(info), "octavo": figures(requests, num_output, seconds)}
     print(table("octavo", result["octavo"]))
     if args.hf:
         seconds, num_output = generate_with_transformers(
-            config, requests, args.hf_batch_size, dtype, device, progress=not args.disable_tqdm
+            config, requests, args.hf_batch_size, info.dtype, info.device, progress=progress
         )
         result["transformers"] = figures(requests, num_output, seconds)
         result["ratio"] = result["octavo"]["output_throughput"] / result["transformers"]["output_throughput"]
@@ -62,7 +68,7 @@ def run(args: argparse.Namespace, config: EngineConfig) -> int:
     return 0
 
 
-def generate(llm: Any, requests: Sequence[BenchRequest], *, progress: bool) -> tuple[float, int]:
+def generate(llm: LLM, requests: Sequence[BenchRequest], *, progress: bool) -> tuple[float, int]:
     """Seconds to complete all requests, greedily and to their full lengths, and output tokens made."""
     params = [
         SamplingParams(temperature=0.0, max_tokens=request.num_output_tokens, ignore_eos=True) for request in requests
@@ -100,6 +106,7 @@ def generate_with_transformers(
         raise ConfigError(f"--hf: Transformers cannot load {path}: {error}") from error
     model = model.to(device).eval()
     model.generation_config.eos_token_id = None  # every answer to its full length
+    model.generate(input_ids=torch.ones(1, 16, dtype=torch.long, device=device), max_new_tokens=16, pad_token_id=0)
     batches = [requests[start : start + batch_size] for start in range(0, len(requests), batch_size)]
     started = time.perf_counter()
     with torch.inference_mode():

@@ -11,7 +11,7 @@ import importlib
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import Any, Literal, NoReturn
 
 from octavo import __version__
 from octavo.cli.options import engine_config, engine_parser
@@ -25,20 +25,20 @@ INTERRUPTED = 130  # what a shell reports for a program that Ctrl-C ended
 @dataclass(frozen=True, slots=True)
 class Command:
     """A sub-command. Its module has ``add_arguments(parser)`` and ``run(args)``, or ``run(args, config)`` when it
-    ``takes_engine_options``; both return the exit status."""
+    always needs an engine; both return the exit status."""
 
     module: str
     summary: str
-    takes_engine_options: bool = False
+    engine: Literal["always", "maybe", "never"] = "never"
 
 
 COMMANDS: Mapping[str, Command] = {
-    "serve": Command("octavo.cli.serve", "serve a model to OpenAI clients over HTTP", takes_engine_options=True),
-    "generate": Command("octavo.cli.generate", "complete prompts offline", takes_engine_options=True),
-    "chat": Command("octavo.cli.chat", "talk to a model in the terminal", takes_engine_options=True),
+    "serve": Command("octavo.cli.serve", "serve a model to OpenAI clients over HTTP", engine="always"),
+    "generate": Command("octavo.cli.generate", "complete prompts offline", engine="always"),
+    "chat": Command("octavo.cli.chat", "talk to a model in the terminal", engine="maybe"),
     "bench serve": Command("octavo.bench.serve", "latency and throughput of a running server"),
-    "bench throughput": Command("octavo.bench.throughput", "tokens a second, offline", takes_engine_options=True),
-    "bench latency": Command("octavo.bench.latency", "time of one batch, offline", takes_engine_options=True),
+    "bench throughput": Command("octavo.bench.throughput", "tokens a second, offline", engine="always"),
+    "bench latency": Command("octavo.bench.latency", "time of one batch, offline", engine="always"),
     "plugins": Command("octavo.cli.plugins", "list, inspect, check and start plugins"),
 }
 
@@ -122,7 +122,7 @@ def _parser(words: Sequence[str], early: argparse.Namespace) -> Parser:
             groups[group] = parent.add_subparsers(title="commands", metavar="COMMAND", required=True)
         asked = list(words[: path.count(" ") + 1]) == path.split()
         parents = [everywhere]
-        if asked and command.takes_engine_options:
+        if asked and command.engine != "never":
             parents.append(engine_parser(host.items("octavo_options") if host else ()))
         leaf = groups[group].add_parser(name, help=command.summary, description=command.summary, parents=parents)
         if asked:
@@ -140,7 +140,7 @@ def _fill(parser: Parser, command: Command) -> None:
     module = importlib.import_module(command.module)
     module.add_arguments(parser)
     start: Callable[[argparse.Namespace], int] = module.run
-    if command.takes_engine_options:
+    if command.engine == "always":
         start = lambda args: module.run(args, engine_config(args))  # noqa: E731
     parser.set_defaults(start=start)
 

@@ -10,13 +10,17 @@ import os
 import queue
 import sys
 from collections.abc import Callable, Generator, Mapping, Sequence
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 from urllib.parse import urlsplit
 
-from octavo.cli.options import engine_options_given
+from octavo.cli.options import engine_config, engine_options_given
 from octavo.cli.sampling import add_sampling_options, sampling_fields, sampling_params
-from octavo.config import EngineConfig
 from octavo.errors import ConfigError, OctavoError, RequestError
+
+if TYPE_CHECKING:
+    from octavo.llm import LLM
+    from octavo.outputs import CompletionDelta
+    from octavo.request import SamplingParams
 
 HELP = "/reset forgets the conversation, /exit or Ctrl-D leaves, Ctrl-C stops an answer."
 
@@ -32,7 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_sampling_options(parser, max_tokens=1024)
 
 
-def run(args: argparse.Namespace, config: EngineConfig) -> int:
+def run(args: argparse.Namespace) -> int:
     """Talk until the user leaves; returns the exit status."""
     system = [{"role": "system", "content": args.system}] if args.system else []
     if args.url is not None:
@@ -47,7 +51,7 @@ def run(args: argparse.Namespace, config: EngineConfig) -> int:
     from octavo.llm import LLM
 
     params = sampling_params(args)
-    with LLM.from_config(config) as llm:
+    with LLM(config=engine_config(args)) as llm:
         converse(EngineSpeaker(llm, params), system)
     return 0
 
@@ -110,13 +114,14 @@ def _exchange(speaker: Speaker, messages: list[Message], line: str) -> None:
 class EngineSpeaker:
     """Answers from an engine in this process."""
 
-    def __init__(self, llm: Any, params: Any) -> None:
-        self.name = f"{llm.info.model} on {llm.info.device}, {llm.info.dtype}, up to {llm.info.max_model_len} tokens"
+    def __init__(self, llm: LLM, params: SamplingParams) -> None:
+        info = llm.client.info
+        self.name = f"{info.model} on {info.device}, {info.dtype}, up to {info.max_model_len} tokens"
         self._llm = llm
         self._params = params
 
     def answer(self, messages: Sequence[Message]) -> Generator[str, None, None]:
-        deltas: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        deltas: queue.SimpleQueue[CompletionDelta] = queue.SimpleQueue()
         prompt = self._llm.text.encode_chat(list(messages))
         request_id = self._llm.frontend.submit(prompt, self._params, deltas.put)
         finished = False

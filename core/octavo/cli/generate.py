@@ -12,6 +12,7 @@ from typing import Any
 from octavo.cli.sampling import add_sampling_options, sampling_params
 from octavo.config import EngineConfig
 from octavo.errors import ConfigError
+from octavo.outputs import RequestOutput
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -40,11 +41,13 @@ def run(args: argparse.Namespace, config: EngineConfig) -> int:
         raise ConfigError(f"{args.output} exists; name another file or remove it")
     from octavo.llm import LLM
 
-    with LLM.from_config(config) as llm:
+    progress = len(prompts) > 1 and sys.stderr.isatty()
+    with LLM(config=config) as llm:
         if args.chat:
-            outputs = llm.chat([[{"role": "user", "content": prompt}] for prompt in prompts], params)
+            conversations = [[{"role": "user", "content": prompt}] for prompt in prompts]
+            outputs = llm.chat(conversations, params, use_tqdm=progress)
         else:
-            outputs = llm.generate(prompts, params)
+            outputs = llm.generate(prompts, params, use_tqdm=progress)
     records = [as_record(prompt, output) for prompt, output in zip(prompts, outputs, strict=True)]
     if args.output is not None:
         args.output.write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records), encoding="utf-8")
@@ -74,7 +77,7 @@ def read_prompts(name: str) -> list[str]:
     return [_prompt_of(name, number, line) for number, line in lines]
 
 
-def as_record(prompt: str, output: Any) -> dict[str, Any]:
+def as_record(prompt: str, output: RequestOutput) -> dict[str, Any]:
     """One prompt and its samples for programs."""
     return {
         "prompt": prompt,

@@ -16,8 +16,6 @@ from octavo.config import EngineConfig, SpeculativeConfig
 from octavo.errors import ConfigError, PluginError
 from octavo.hooks import OptionGroup
 
-DEFAULT_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
-
 
 @dataclass(frozen=True, slots=True)
 class Option:
@@ -112,7 +110,7 @@ def engine_parser(plugin_groups: Sequence[tuple[str, OptionGroup]] = ()) -> argp
         nargs="?",
         default=argparse.SUPPRESS,
         metavar="MODEL",
-        help=f"folder, file or hub name (default: {DEFAULT_MODEL}, which comes with Octavo)",
+        help="folder, file or hub name (default: SmolLM2-135M-Instruct, which comes with Octavo)",
     )
     for title, options in ENGINE_OPTIONS.items():
         group = parser.add_argument_group(title)
@@ -142,11 +140,17 @@ def engine_config(args: argparse.Namespace) -> EngineConfig:
             fields[name] = _mapping(name, fields[name])
     speculative = {name: given[_SPECULATIVE + name] for name in SPECULATIVE_OPTIONS if _SPECULATIVE + name in given}
     return EngineConfig(
-        model=given.get("model", DEFAULT_MODEL),
+        model=given["model"] if "model" in given else _default_model(),
         speculative=SpeculativeConfig(**speculative),
         plugin_options={name: given[name] for name in given.get("plugin_destinations", ())},
         **fields,
     )
+
+
+def _default_model() -> str:
+    from octavo.default_model import find_default_model
+
+    return str(find_default_model())
 
 
 def engine_options_given(args: argparse.Namespace) -> list[str]:

@@ -2,6 +2,13 @@
 
 from __future__ import annotations
 
-from octavo import PluginInfo
+from collections.abc import Sequence
+
+from octavo import PluginInfo, Provider, hookimpl
 
 plugin = PluginInfo(api=(1, 1), summary="Models in GGUF files")
+
+
+@hookimpl
+def octavo_weight_formats() -> Sequence[Provider]:
+    return [Provider("gguf", "octavo_gguf.checkpoint:GGUFFormat")]

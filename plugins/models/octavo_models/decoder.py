@@ -99,6 +99,13 @@ def require(config: Mapping[str, Any], name: str, supported: Collection[Any], de
     return value
 
 
+def sliding_window(config: Mapping[str, Any]) -> int | None:
+    """The window in tokens; null: there is none. An absent one is the 4096 of the first Mistral, as in Transformers."""
+    if config.get("sliding_window", 4096) is None:
+        return None
+    return positive(config, "sliding_window", default=4096)
+
+
 def windows_by_layer_type(
     config: Mapping[str, Any], window: int | None, default: Collection[str]
 ) -> tuple[int | None, ...]:

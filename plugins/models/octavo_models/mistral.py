@@ -7,14 +7,14 @@ from typing import Any
 
 from octavo.layers.builder import Builder
 
-from octavo_models.decoder import CausalDecoder, DecoderSpec, positive, windows_by_layer_type
+from octavo_models.decoder import CausalDecoder, DecoderSpec, positive, sliding_window, windows_by_layer_type
 
 
 class MistralForCausalLM(CausalDecoder):
     """Llama with a sliding window: in every layer, or in those that ``layer_types`` names; ``null``: in none."""
 
     def __init__(self, config: Mapping[str, Any], build: Builder) -> None:
-        window = config.get("sliding_window", 4096)
+        window = sliding_window(config)
         kind = "full_attention" if window is None else "sliding_attention"
         spec = DecoderSpec.from_config(
             config,

@@ -7,7 +7,7 @@ from typing import Any
 
 from octavo.layers.builder import Builder
 
-from octavo_models.decoder import CausalDecoder, DecoderSpec, positive, windows_by_layer_type
+from octavo_models.decoder import CausalDecoder, DecoderSpec, positive, sliding_window, windows_by_layer_type
 
 
 class Qwen2ForCausalLM(CausalDecoder):
@@ -20,7 +20,7 @@ class Qwen2ForCausalLM(CausalDecoder):
 
 def upper_windows(config: Mapping[str, Any]) -> tuple[int | None, ...]:
     """Qwen's windows: none unless ``use_sliding_window``, else from layer ``max_window_layers`` on."""
-    window = config.get("sliding_window", 4096) if config.get("use_sliding_window", False) else None
+    window = sliding_window(config) if config.get("use_sliding_window", False) else None
     num_layers = positive(config, "num_hidden_layers")
     num_full = num_layers if window is None else min(config.get("max_window_layers", 28), num_layers)
     types = ["full_attention"] * num_full + ["sliding_attention"] * (num_layers - num_full)

@@ -1,4 +1,4 @@
-"""Plugins that exist for one test."""
+"""Plugins that exist for one test, and a tiny model."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+
+from tests.core.bench.conftest import write_tiny_model
 
 Install = Callable[[str, str], None]
 
@@ -28,3 +30,8 @@ def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Install:
         (info / "entry_points.txt").write_text(f"[octavo.plugins]\n{name} = {module}\n")
 
     return install_plugin
+
+
+@pytest.fixture(scope="session")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return write_tiny_model(tmp_path_factory.mktemp("model"))

@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 from octavo import EngineConfig, OptionGroup, SpeculativeConfig
 from octavo.cli.options import (
-    DEFAULT_MODEL,
     ENGINE_OPTIONS,
     SPECULATIVE_OPTIONS,
     engine_config,
@@ -31,7 +30,6 @@ def test_every_field_has_an_option_and_every_option_a_field() -> None:
 
 
 def test_no_options_give_the_configurations_own_defaults() -> None:
-    assert parse() == EngineConfig(model=DEFAULT_MODEL)
     assert parse("folder") == EngineConfig(model="folder")
 
 

@@ -246,7 +246,9 @@ class PluginHost:
 
     def mappings(self, hook: str) -> dict[str, Any]:
         """The merged result of a hook that returns mappings (commands); a key claimed twice is an error."""
-        return self._decide(hook, ((p, key, value) for p, result in self._call(hook, Mapping) for key, value in result.items()))
+        return self._decide(
+            hook, ((p, key, value) for p, result in self._call(hook, Mapping) for key, value in result.items())
+        )
 
     def check_config(self, config: EngineConfig) -> None:
         """Let every plugin refuse the resolved configuration.
@@ -307,7 +309,7 @@ class PluginHost:
         for name in functions:
             options = self._manager.parse_hookimpl_opts(module, name)
             if name not in known and options is not None:
-                near = difflib.get_close_matches(name, known, n=1)
+                near = difflib.get_close_matches(name, known, n=1, cutoff=0.8)
                 hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(sorted(known))}"
                 raise self._broken(record.name, f"implements an unknown hook {name}; {hint}")
             if name in known and options is None:

@@ -2,7 +2,7 @@
 
 PYTHON ?= python3
 VENV ?= .venv
-# Installed where PYTHON has no torch of its own and there is no GPU; with a GPU it is simply "torch".
+# Installed where PYTHON has no torch of its own and there is no GPU; with a GPU it is torch from the registry.
 # Anything that pip takes: a version, a wheel, options.
 TORCH ?= torch==2.13.0
 MODEL ?=
@@ -14,6 +14,7 @@ FETCH = $(BIN)/python -m octavo.default_model
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
 .PHONY: help serve chat test lint types format bench report build clean
 
 help: ## this list
@@ -22,29 +23,30 @@ help: ## this list
 
 serve: $(VENV)/.installed-base ## install, and serve MODEL (default: a small one that is fetched once) to OpenAI clients
 	$(if $(MODEL),,@$(FETCH))
-	$(BIN)/octavo serve $(MODEL) $(ARGS)
+	@exec $(BIN)/octavo serve $(MODEL) $(ARGS)
 
 chat: $(VENV)/.installed-base ## talk to MODEL in the terminal
 	$(if $(MODEL),,@$(FETCH))
-	$(BIN)/octavo chat $(MODEL) $(ARGS)
+	@exec $(BIN)/octavo chat $(MODEL) $(ARGS)
 
 test: $(VENV)/.installed-test ## every test that needs no GPU
 	@$(FETCH)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'not gpu' $(ARGS)
 
-lint: types $(VENV)/.installed-lint ## format, style and types; changes nothing
+lint: $(VENV)/.installed-lint ## format and style; changes nothing
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 
-types: $(VENV)/.installed-lint ## types only
+types: $(VENV)/.installed-lint ## mypy, strict
 	$(BIN)/mypy
 
 format: $(VENV)/.installed-lint ## mend format and style where that can be done by itself
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: $(VENV)/.installed-bench ## tokens a second on this CPU, beside Transformers
-	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/cpu.py $(ARGS)
+bench: $(VENV)/.installed-bench ## tokens a second with MODEL, offline; benchmarks/ holds the comparisons
+	$(if $(MODEL),,@$(FETCH))
+	$(BIN)/octavo bench throughput $(MODEL) $(ARGS)
 
 report: $(VENV)/.installed-base ## write the table of measurements into the documentation
 	$(BIN)/python benchmarks/report.py
@@ -82,7 +84,7 @@ $(VENV)/.torch:
 	  into=$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))'); \
 	  echo "$$packages" | sed 's/.*/import site; site.addsitedir("&")/' > "$$into/torch-of-$(notdir $(PYTHON)).pth"; \
 	elif command -v nvidia-smi > /dev/null; then \
-	  echo "installing torch" && $(BIN)/python -m pip install --quiet torch; \
+	  echo "installing torch" && $(BIN)/python -m pip install --quiet 'torch>=2.11' 'triton>=3.6'; \
 	else \
 	  echo "installing $(TORCH)" && $(BIN)/python -m pip install --quiet $(TORCH); \
 	fi

@@ -6,6 +6,7 @@ import dataclasses
 import inspect
 
 import pytest
+
 from octavo.errors import PluginError
 from octavo.hooks import API_VERSION, CAPABILITIES, Hooks, KernelProvider, PluginInfo, Provider, hookimpl
 

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from octavo.config import EngineConfig
 from octavo.errors import ConfigError, PluginError
 from octavo.hooks import API_VERSION, Provider

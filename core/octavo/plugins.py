@@ -39,7 +39,7 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 P = TypeVar("P", bound=Provider)
 
-DEFAULT_PLUGINS = ("models", "cpu", "triton", "prefix-cache")
+DEFAULT_PLUGINS = ("models", "cpu", "triton", "prefix-cache", "quantize")
 """Selected unless ``--plugins no:NAME`` leaves one out; one that is not installed is simply not there."""
 
 

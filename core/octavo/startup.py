@@ -82,7 +82,7 @@ def resolve(config: EngineConfig) -> Resolved:
     host = PluginHost(select(selection, needed, prefer=config.prefer), prefer=config.prefer)
     checkpoint = open_checkpoint(path, [provider.resolve() for provider in host.weight_formats().values()])
     model_config = {**checkpoint.config(), **config.hf_overrides}
-    needed.update(needed_plugins(checkpoint, config.quantization))
+    needed.update(needed_plugins(checkpoint, config.quantization, host.quantizations()))
     manifest = select(selection, needed, prefer=config.prefer)
     if manifest != host.manifest:
         host = PluginHost(manifest, prefer=config.prefer)

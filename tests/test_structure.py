@@ -29,6 +29,7 @@ PUBLIC = {
     "octavo.messages",
     "octavo.operations",
     "octavo.outputs",
+    "octavo.quantization",
     "octavo.request",
     "octavo_kernels",
 }

@@ -13,7 +13,7 @@ from transformers import GraniteConfig, GraniteForCausalLM, PreTrainedTokenizerF
 
 from octavo import LLM, ConfigError, SamplingParams
 
-PROMPTS = [[5, 17, 3, 88, 41, 2, 2, 9], [60], list(range(1, 40))]
+PROMPTS = [[5, 17, 3, 88, 41, 2, 2, 9], [60, 61], list(range(1, 40))]
 
 
 def save(folder: Path, **changes: Any) -> GraniteForCausalLM:

@@ -19,7 +19,6 @@ from octavo.loader import HuggingFaceFolder, resolve_model_path
 from octavo.quantization import quantization_settings
 from octavo_quant.fp8_weight import Fp8Weight
 
-METHODS = ("fp8", "awq", "gptq")
 SHARD_BYTES = 4 << 30
 INSTALL = "pip install 'llmcompressor==0.14.0.1'"
 
@@ -53,17 +52,6 @@ FP8_SETTINGS: dict[str, Any] = {
     "kv_cache_scheme": None,
 }
 """What llm-compressor calls FP8_DYNAMIC: a scale per output, inputs scaled per token while serving."""
-
-
-def add_quantize(parser: argparse.ArgumentParser) -> None:
-    """Adds the arguments of ``octavo quantize``."""
-    parser.description = "Make a quantized checkpoint in a format that other servers read, too."
-    parser.add_argument("model", help="a folder or a name on the hub, not quantized")
-    parser.add_argument("out", type=Path, help="the folder to make")
-    parser.add_argument("--method", choices=METHODS, required=True, help="fp8 needs no calibration and no library")
-    parser.add_argument("--group-size", type=int, default=128, help="inputs that share a scale (awq, gptq)")
-    parser.add_argument("--calibration", type=Path, help="a text file, one sample a line (awq, gptq)")
-    parser.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace) -> int:

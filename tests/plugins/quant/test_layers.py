@@ -16,12 +16,12 @@ from octavo.interfaces import LinearPart, LinearSpec
 from octavo.loader import HuggingFaceFolder
 from octavo.quantization import needed_plugins, quantization_settings
 from octavo_quant.awq import AWQ
-from octavo_quant.command import add_quantize
 from octavo_quant.compressed_tensors import CompressedTensors
 from octavo_quant.fp8 import FP8Quantization
 from octavo_quant.fp8_weight import FP8
 from octavo_quant.gptq import GPTQ
 from octavo_quant.packed_linear import ReferencePacked
+from octavo_quant.quantize import add_quantize
 
 
 def spec(*parts: LinearPart, num_in: int, columns: slice | None = None, bias: bool = False) -> LinearSpec:

@@ -29,6 +29,8 @@ PUBLIC = {
     "octavo.messages",
     "octavo.operations",
     "octavo.outputs",
+    "octavo.policies",
+    "octavo.prefix",
     "octavo.quantization",
     "octavo.request",
     "octavo_kernels",

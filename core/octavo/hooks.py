@@ -179,13 +179,13 @@ class Hooks:
 
     @hookspec
     def octavo_prefix_caches(self) -> Sequence[Provider]:
-        """Classes of :class:`octavo.interfaces.PrefixCache`, made with ``(block_size)``. Engine start, in the
+        """Classes of :class:`octavo.prefix.PrefixCache`, made with ``(block_size)``. Engine start, in the
         engine's process."""
         raise NotImplementedError
 
     @hookspec
     def octavo_scheduling_policies(self) -> Sequence[Provider]:
-        """Classes of :class:`octavo.interfaces.SchedulingPolicy`, made without arguments. Engine start,
+        """Classes of :class:`octavo.policies.SchedulingPolicy`, made without arguments. Engine start,
         in the engine's process."""
         raise NotImplementedError
 

@@ -34,15 +34,15 @@ test: $(VENV)/.installed-test ## every test that needs no GPU
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'not gpu' $(ARGS)
 
 lint: $(VENV)/.installed-lint ## format and style; changes nothing
-	$(BIN)/ruff format --check .
-	$(BIN)/ruff check .
+	$(BIN)/python -m ruff format --check .
+	$(BIN)/python -m ruff check .
 
 types: $(VENV)/.installed-lint ## mypy, strict
-	$(BIN)/mypy
+	$(BIN)/python -m mypy
 
 format: $(VENV)/.installed-lint ## mend format and style where that can be done by itself
-	$(BIN)/ruff check --fix .
-	$(BIN)/ruff format .
+	$(BIN)/python -m ruff check --fix .
+	$(BIN)/python -m ruff format .
 
 bench: $(VENV)/.installed-bench ## tokens a second with MODEL, offline; benchmarks/ holds the comparisons
 	$(if $(MODEL),,@$(FETCH))

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
-import os
+import re
 import site
 import subprocess
 import sys
 import sysconfig
+import threading
 import venv
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+import httpx
 import pytest
 import torch
 from tests.conftest import byte_tokenizer
@@ -20,30 +24,6 @@ ROOT = Path(__file__).resolve().parents[2]
 TEMPLATE = ROOT / "examples" / "plugin_template"
 
 pytestmark = pytest.mark.slow
-
-SERVE = """
-import json, queue, sys, time
-from octavo import EngineConfig, SamplingParams
-from octavo.client import ProcessClient
-from octavo.messages import Submit
-from octavo.startup import resolve
-
-if __name__ == "__main__":
-    path, plugins, prompt = sys.argv[1], sys.argv[2], json.loads(sys.argv[3])
-    config = EngineConfig(model=path, plugins=plugins, dtype="float32", device="cpu", cpu_kv_cache_gib=0.01)
-    client, arrived = ProcessClient(resolve(config)), queue.SimpleQueue()
-    client.start(arrived.put, arrived.put)
-    tokens, finished = [], False
-    client.submit(Submit("one", prompt, SamplingParams(temperature=0, max_tokens=16), seed=0, arrival=time.monotonic()))
-    while not finished:
-        for sequence in arrived.get(timeout=60).sequences:
-            tokens += sequence.token_ids
-            finished = sequence.finish_reason is not None
-    client.close()
-    import octavo, octavo_granite
-    print(json.dumps({"tokens": tokens, "architecture": client.info.architecture,
-                      "files": [octavo.__file__, octavo_granite.__file__]}))
-"""
 
 
 class Environment:
@@ -58,17 +38,37 @@ class Environment:
         lines = [f"import site; site.addsitedir({path!r})" for path in behind]
         (packages / "behind.pth").write_text("\n".join(lines) + "\n")
 
+    def command(self, *words: str) -> list[str]:
+        return [str(self.python), str(self.folder / "bin" / "octavo"), *words]
+
     def run(self, *words: str) -> subprocess.CompletedProcess[str]:
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        """``octavo`` with these words, to its end."""
         return subprocess.run(
-            [str(self.python), *words],
-            cwd=self.folder,
-            env=environment,
-            capture_output=True,
-            text=True,
-            check=False,
-            timeout=120,
+            self.command(*words), cwd=self.folder, capture_output=True, text=True, check=False, timeout=120
         )
+
+    @contextmanager
+    def serving(self, *words: str) -> Iterator[str]:
+        """``octavo serve`` with these words: the address of the ready server, which is stopped in the end."""
+        server = subprocess.Popen(
+            self.command("serve", "--port", "0", *words), cwd=self.folder, stderr=subprocess.PIPE, text=True
+        )
+        try:
+            assert server.stderr is not None
+            log = ""
+            for line in server.stderr:
+                log += line
+                address = re.search(r"http://127\.0\.0\.1:\d+", line)
+                if address:
+                    break
+            else:
+                pytest.fail(log)
+            drain = threading.Thread(target=server.stderr.read, daemon=True)  # so that the log never blocks it
+            drain.start()
+            yield address[0]
+        finally:
+            server.terminate()
+            server.wait(timeout=60)
 
 
 def wheel_of(source: Path, into: Path) -> Path:
@@ -117,32 +117,38 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def test_it_is_installed_from_wheels(environment: Environment) -> None:
+    program = "import octavo, octavo_granite; print(octavo.__file__, octavo_granite.__file__)"
+    done = subprocess.run([environment.python, "-c", program], capture_output=True, text=True, check=True)
+    assert all(Path(file).is_relative_to(environment.folder) for file in done.stdout.split())
+
+
 def test_the_plugin_is_found_and_sound(environment: Environment) -> None:
-    listed = environment.run(str(environment.folder / "bin" / "octavo"), "plugins", "list", "--json")
-    records = [row for row in json.loads(listed.stdout) if row["name"] == "granite"]
-    assert [(row["distribution"], row["version"]) for row in records] == [("octavo-granite", "0.1.0")]
-    doctor = environment.run(str(environment.folder / "bin" / "octavo"), "plugins", "doctor", "--json")
-    assert [row["status"] for row in json.loads(doctor.stdout) if row["name"] == "granite"] == ["ok"]
+    listed = json.loads(environment.run("plugins", "list", "--json").stdout)
+    records = [(row["distribution"], row["version"]) for row in listed if row["name"] == "granite"]
+    assert records == [("octavo-granite", "0.1.0")]
+    examined = json.loads(environment.run("plugins", "doctor", "--json").stdout)
+    assert [row["status"] for row in examined if row["name"] == "granite"] == ["ok"]
 
 
-def test_the_engine_s_process_serves_a_checkpoint_of_it(environment: Environment, checkpoint: Path) -> None:
-    prompt = list(b"A stranger's model")
-    served = environment.run("-c", SERVE, str(checkpoint), "granite", json.dumps(prompt))
-    assert served.returncode == 0, served.stderr
-    answer = json.loads(served.stdout.splitlines()[-1])
+def test_a_checkpoint_of_it_is_served(environment: Environment, checkpoint: Path) -> None:
+    """Over HTTP, by the engine's process, with the tokens that Transformers has."""
+    prompt = "A stranger's model"
+    options = ("--plugins", "granite", "--dtype", "float32", "--device", "cpu", "--cpu-kv-cache-gib", "0.01")
+    with environment.serving(str(checkpoint), *options) as address:
+        body = {"model": checkpoint.name, "prompt": prompt, "max_tokens": 16, "temperature": 0}
+        answer = httpx.post(f"{address}/v1/completions", json=body, timeout=60).json()
     reference = GraniteForCausalLM.from_pretrained(checkpoint)
-    expected = reference.generate(torch.tensor([prompt]), max_new_tokens=16, do_sample=False)[0, len(prompt) :]
-    assert answer["tokens"] == expected.tolist()
-    assert answer["architecture"] == "GraniteForCausalLM"
-    for file in answer["files"]:
-        assert Path(file).is_relative_to(environment.folder), "not from the wheel"
+    ids = torch.tensor([list(byte_tokenizer()(prompt)["input_ids"])])
+    expected = reference.generate(ids, max_new_tokens=16, do_sample=False)[0, ids.shape[1] :]
+    assert answer["choices"][0]["text"] == byte_tokenizer().decode(expected, skip_special_tokens=True)
 
 
 def test_without_the_plugin_the_error_says_what_is_known_and_how_one_is_added(
     environment: Environment, checkpoint: Path
 ) -> None:
-    refused = environment.run("-c", SERVE, str(checkpoint), "", "[1, 2]")
-    assert refused.returncode != 0
+    refused = environment.run("serve", str(checkpoint), "--plugins", "", "--device", "cpu")
+    assert refused.returncode == 2
     assert "no selected plugin provides the architecture 'GraniteForCausalLM'" in refused.stderr
     assert "LlamaForCausalLM" in refused.stderr
     assert "octavo.plugins" in refused.stderr

@@ -340,7 +340,7 @@ def _prefix_cache(config: EngineConfig, host: PluginHost) -> Any:
 
 
 def _policy(config: EngineConfig, host: PluginHost) -> Any:
-    providers = {provider.name: provider for provider in BUILTIN_POLICIES} | host.scheduling_policies()
+    providers = {**{provider.name: provider for provider in BUILTIN_POLICIES}, **host.scheduling_policies()}
     return _named(providers, config.scheduling_policy, "scheduling policy").resolve()()
 
 

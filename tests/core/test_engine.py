@@ -12,13 +12,13 @@ import hypothesis.strategies as st
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
+from tests.engines import Sample, make_engine, run, submit
 from transformers import LlamaForCausalLM
 
 from octavo.engine import Engine
 from octavo.errors import ConfigError
 from octavo.messages import Abort, Submit, TokenLogprobs
 from octavo.request import FinishReason, SamplingParams
-from tests.engines import Sample, make_engine, run, submit
 
 NUM_TOKENS = 24
 MAX_MODEL_LEN = 128
@@ -281,7 +281,7 @@ def test_samples_of_one_request_share_the_prompt(tiny_llama: Path) -> None:
 
 @pytest.mark.parametrize("num_blocks", [1, MAX_MODEL_LEN // 16 - 1])
 def test_a_pool_too_small_for_one_context_is_refused(tiny_llama: Path, num_blocks: int) -> None:
-    with pytest.raises(ConfigError, match="max_model_len|max-model-len"):
+    with pytest.raises(ConfigError, match=r"max_model_len|max-model-len"):
         engine_for(tiny_llama, num_blocks=num_blocks)
 
 

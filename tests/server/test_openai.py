@@ -89,7 +89,7 @@ def test_usage_is_exact_for_text_and_for_token_ids(client: openai.OpenAI) -> Non
 
 
 def test_samples_differ_and_each_has_an_index_and_a_reason(client: openai.OpenAI) -> None:
-    choices = chat(client, n=4, temperature=1.0, max_tokens=12).choices
+    choices = chat(client, n=4, temperature=2.0, max_tokens=12).choices
     assert [choice.index for choice in choices] == [0, 1, 2, 3]
     assert all(choice.finish_reason == "length" for choice in choices)
     assert len({choice.message.content for choice in choices}) > 1
@@ -150,7 +150,8 @@ def test_completion_logprobs_as_many_as_asked_for(client: openai.OpenAI, server:
     for count in (0, 3):
         logprobs = complete(client, logprobs=count).choices[0].logprobs
         assert len(logprobs.tokens) == len(logprobs.token_logprobs) == len(logprobs.text_offset) == 8
-        assert all(max(1, count) <= len(top) <= count + 1 for top in logprobs.top_logprobs)
+        # fewer where tokens that are parts of a character look alike
+        assert all(1 <= len(top) <= count + 1 for top in logprobs.top_logprobs)
         assert all(value <= 0 for value in logprobs.token_logprobs)
     server.refused("/v1/completions", {"prompt": "x", "logprobs": 21})
 
@@ -403,8 +404,8 @@ def test_keys_are_asked_for_where_it_matters(tiny_llama: Any) -> None:
     from tests.server.conftest import running
 
     with running(tiny_llama, api_keys=("one", "two"), allowed_origins=("https://example.org",)) as server:
-        for key in ("", "wrong"):
-            response = server.post("/v1/completions", {"prompt": "x"}, authorization=f"Bearer {key}")
+        for headers in ({}, {"authorization": "Bearer wrong"}, {"authorization": "Basic one"}):
+            response = server.post("/v1/completions", {"prompt": "x"}, **headers)
             assert response.status_code == 401
             assert response.json()["error"]["type"] == "authentication_error"
         with pytest.raises(openai.AuthenticationError):
@@ -412,10 +413,8 @@ def test_keys_are_asked_for_where_it_matters(tiny_llama: Any) -> None:
         for path in ("/health", "/ready", "/version", "/metrics", "/v1/models"):
             assert server.http.get(path).status_code == 200
         prompt = "a prompt of more than two blocks, to be remembered"
-        cached = [
-            complete(server.client(key), prompt).usage.prompt_tokens_details.cached_tokens
-            for key in ("one", "two", "one")
-        ]
+        usages = [complete(server.client(key), prompt).usage for key in ("one", "two", "one")]
+        cached = [usage.prompt_tokens_details.cached_tokens for usage in usages]
         assert cached == [0, 0, (len(prompt) - 1) // 16 * 16]  # nobody sees what another principal has asked
         preflight = server.http.options(
             "/v1/completions",
@@ -450,12 +449,13 @@ def test_a_client_that_leaves_stops_its_request(server: RunningServer, stream: b
     body = {"prompt": "go on", "max_tokens": 240, "n": 3, "stream": stream}
 
     def leave() -> None:
-        with pytest.raises(httpx.HTTPError):
-            if stream:
-                with httpx.stream("POST", f"{server.url}/v1/completions", json=body, timeout=5.0) as response:
-                    next(response.iter_bytes())
-                    raise httpx.ReadError("gone")
-            httpx.post(f"{server.url}/v1/completions", json=body, timeout=0.05)
+        url = f"{server.url}/v1/completions"
+        if stream:
+            with httpx.stream("POST", url, json=body, timeout=5.0) as response:
+                next(response.iter_bytes())
+        else:
+            with pytest.raises(httpx.ReadTimeout):
+                httpx.post(url, json=body, timeout=0.05)
 
     threads = [threading.Thread(target=leave) for _ in range(8)]
     for thread in threads:

@@ -24,6 +24,7 @@ from octavo.layers.activation import TorchSiluAndMul
 from octavo.layers.builder import Builder
 from octavo.layers.linear import TorchLinear
 from octavo.layers.norm import TorchRMSNorm
+from octavo.layers.rotary import rope_parameters
 from octavo.loader import (
     CheckpointLoader,
     DummyLoader,
@@ -83,14 +84,13 @@ def resolve(config: EngineConfig) -> Resolved:
     host = PluginHost(select(selection, needed, prefer=config.prefer), prefer=config.prefer)
     checkpoint = open_checkpoint(path, [provider.resolve() for provider in host.weight_formats().values()])
     model_config = {**checkpoint.config(), **config.hf_overrides}
-    needed.update(needed_plugins(checkpoint, config.quantization, host.quantizations()))
-    manifest = select(selection, needed, prefer=config.prefer)
-    if manifest != host.manifest:
-        host = PluginHost(manifest, prefer=config.prefer)
+    more = needed_plugins(checkpoint, config.quantization, host.quantizations())
+    if more:
+        host = PluginHost(select(selection, {**needed, **more}, prefer=config.prefer), prefer=config.prefer)
     resolved = replace(config, model=str(path), max_model_len=_max_model_len(config, model_config))
     host.check_capabilities(_capabilities(resolved))
     host.check_config(resolved)
-    return _resolved(resolved, manifest, host, checkpoint)
+    return _resolved(resolved, host.manifest, host, checkpoint)
 
 
 def reproduce(config: EngineConfig, manifest: Manifest, host: PluginHost) -> Resolved:
@@ -125,9 +125,15 @@ def make_text(resolved: Resolved, *, chat_template: str | None = None) -> TextPr
 
 def _max_model_len(config: EngineConfig, model_config: Mapping[str, Any]) -> int:
     trained = model_config.get("max_position_embeddings")
-    if config.max_model_len is None:
+    wanted = config.max_model_len
+    if wanted is None:
         return int(trained or 2048)
-    return config.max_model_len
+    if trained is not None and wanted > trained and rope_parameters(model_config)["rope_type"] == "default":
+        raise ConfigError(
+            f"--max-model-len {wanted}: the model was made for {trained} tokens; use at most that, or stretch its "
+            f'positions with --hf-overrides \'{{"rope_scaling": {{"rope_type": "yarn", "factor": …}}}}\''
+        )
+    return wanted
 
 
 def _capabilities(config: EngineConfig) -> list[str]:

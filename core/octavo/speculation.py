@@ -23,9 +23,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Drafted:
-    """What was asked of the drafter for a step."""
+    """How many guesses were asked of the drafter for a step."""
 
-    level: int = 0  # drafts for each sequence at most
     limits: Mapping[Request, int] = field(default_factory=dict)
 
 
@@ -65,13 +64,13 @@ class Speculation(NoSpeculation):
         decoding = [request for request in running if not request.is_prefilling and request.may_sample]
         limits = self._controller.choose([request.key for request in decoding])
         room = self._room(len(decoding))
-        level = min(max(limits, default=0), room)
-        if level and any(request.num_pending for request in running):
+        wanted = room > 0 and any(limits)
+        if wanted and any(request.num_pending for request in running):
             return None
         for request in decoding:
             if not request.num_pending:  # guesses that did not get into a step
                 request.drafts = []
-        if not level:
+        if not wanted:
             return NOTHING_DRAFTED
         # the verified token takes one place, so a draft for the last place could never count
         asked = {
@@ -80,7 +79,7 @@ class Speculation(NoSpeculation):
         }
         for request, drafts in zip(asked, self._drafter.draft(decoding, list(asked.values())), strict=True):
             request.drafts = drafts
-        return Drafted(level, asked)
+        return Drafted(asked)
 
     def settled(
         self, drafted: Drafted, plan: StepPlan, settled: Sequence[SettledRow], stats: StepStats, seconds: float
@@ -101,7 +100,7 @@ class Speculation(NoSpeculation):
         # a step that also computes prompts says nothing about what guesses cost
         if settled and all(row.samples and row.num_tokens == 1 + len(row.drafts) for row in plan.rows):
             num_tokens = sum(len(item.token_ids) for item in settled)
-            self._controller.measure(len(plan.rows), drafted.level, seconds, num_tokens)
+            self._controller.measure(len(plan.rows), sum(drafted.limits.values()), seconds, num_tokens)
 
     def release(self, request: Request) -> None:
         self._drafter.release(request)
@@ -131,8 +130,8 @@ class Controller(Protocol):
         """Of up to ``limit`` drafts that were asked for, this many became tokens."""
         ...
 
-    def measure(self, num_sequences: int, level: int, seconds: float, num_tokens: int) -> None:
-        """A step with up to ``level`` drafts for each sequence took ``seconds`` with everything, and brought
+    def measure(self, num_sequences: int, num_drafts: int, seconds: float, num_tokens: int) -> None:
+        """A step for which ``num_drafts`` were asked for in all took ``seconds`` with everything, and brought
         ``num_tokens`` tokens."""
         ...
 
@@ -153,7 +152,7 @@ class FixedController:
     def observe(self, sequence: Hashable, limit: int, num_accepted: int) -> None:
         pass
 
-    def measure(self, num_sequences: int, level: int, seconds: float, num_tokens: int) -> None:
+    def measure(self, num_sequences: int, num_drafts: int, seconds: float, num_tokens: int) -> None:
         pass
 
     def release(self, sequence: Hashable) -> None:
@@ -161,12 +160,12 @@ class FixedController:
 
 
 class AdaptiveController:
-    """Picks the number that brings the most tokens per second by what was measured, 0 when that is best.
+    """Picks the numbers that bring the most tokens per second by what was measured, 0 when that is best.
 
-    A step of n sequences with k drafts each brings ``sum over sequences of 1 + a + a² + … + aᵏ`` tokens, where a is the
-    sequence's rate of acceptance (a draft that the drafter did not make counts as wrong), and takes a time that is
-    measured for each k and each power of two of n, drafting included. Between measured numbers of drafts the time is
-    interpolated.
+    A sequence with k drafts brings ``1 + a + a² + … + aᵏ`` tokens in a step, where a is its rate of acceptance (a draft
+    that the drafter did not make counts as wrong). So sequences whose drafts are right get more of them. What a step
+    takes, drafting included, is measured for each power of two of sequences and each mean number of drafts, and
+    interpolated between those.
 
     What is not known must be tried, and trying costs. The books are kept in seconds: whatever steps with drafts took
     longer than plain steps would have for the same tokens is a debt, which is paid off by ``ALLOWANCE`` of the time
@@ -192,34 +191,29 @@ class AdaptiveController:
         self._rates: dict[Hashable, _Rate] = {}
         self._overall = _Rate(self.PRIOR, 1.0 - self.PRIOR)
         self._debt = 0.0
-        self._level = 0  # of the last step that was measured
         self._num_drafting = 0  # steps since the last plain one
 
     def choose(self, sequences: Sequence[Hashable]) -> Sequence[int]:
-        num_sequences = len(sequences)
-        if not num_sequences:
+        if not sequences:
             return []
-        rates = self._acceptance(sequences)
-        level = self._choose_level(num_sequences, rates)
-        return self._limits(num_sequences, rates, level)
+        limits: list[int] = self._choose(len(sequences), self._acceptance(sequences)).tolist()
+        return limits
 
     def observe(self, sequence: Hashable, limit: int, num_accepted: int) -> None:
         rate = self._rates.setdefault(sequence, _Rate())
         rate.add(num_accepted, num_accepted < limit, self.MEMORY)
         self._overall.add(num_accepted, num_accepted < limit, 0.99)
 
-    def measure(self, num_sequences: int, level: int, seconds: float, num_tokens: int) -> None:
-        began = level > 0 and self._level == 0
-        plain = self._time(num_sequences, 0)
+    def measure(self, num_sequences: int, num_drafts: int, seconds: float, num_tokens: int) -> None:
+        plain = self._time(num_sequences, 0.0)
         loss = 0.0
-        if level and plain is not None:
+        if num_drafts and plain is not None:
             loss = seconds - plain * num_tokens / num_sequences
         self._debt = max(0.0, self._debt + loss - self.ALLOWANCE * seconds)
-        if not began:
-            key = (_size_class(num_sequences), level)
-            self._seconds.setdefault(key, _Average()).add(seconds, self.SMOOTHING)
-        self._num_drafting = self._num_drafting + 1 if level else 0
-        self._level = level
+        self._num_drafting = self._num_drafting + 1 if num_drafts else 0
+        if self._num_drafting != 1:  # the first step with drafts pays for what the drafter has missed
+            depth = max(1, round(num_drafts / num_sequences)) if num_drafts else 0
+            self._seconds.setdefault((_size_class(num_sequences), depth), _Average()).add(seconds, self.SMOOTHING)
 
     def release(self, sequence: Hashable) -> None:
         self._rates.pop(sequence, None)
@@ -232,58 +226,55 @@ class AdaptiveController:
         nothing = _Rate()
         return np.array([self._rates.get(sequence, nothing).value(overall, 2.0) for sequence in sequences])
 
-    def _time(self, num_sequences: int, level: int) -> float | None:
-        """Seconds that a step takes; None: not even its neighbours are known."""
+    def _time(self, num_sequences: int, depth: float) -> float | None:
+        """Seconds that a step takes with ``depth`` drafts for each sequence on average; None: too little is known."""
         size = _size_class(num_sequences)
         known = [k for k in range(self._num_tokens + 1) if (size, k) in self._seconds]
-        if level in known:
-            return self._seconds[size, level].value
-        if 0 not in known or len(known) < 2:
+        if depth in known:
+            return self._seconds[size, int(depth)].value
+        if len(known) < 2 or known[0] != 0:
             return None
-        low, high = 0, known[-1]
-        for k in known:
-            low, high = (k, high) if k < level else (low, min(high, k) if k > level else high)
-        if low == high:  # beyond the last one: as the line from the first
-            low = 0
-        first, last = self._seconds[size, low].value, self._seconds[size, high].value
-        return first + (last - first) * (level - low) / (high - low)
+        if depth > known[-1]:  # along the line from the first
+            known = [0, known[-1]]
+            seconds = [self._seconds[size, k].value for k in known]
+            return seconds[0] + (seconds[1] - seconds[0]) * depth / known[1]
+        return float(np.interp(depth, known, [self._seconds[size, k].value for k in known]))
 
-    def _choose_level(self, num_sequences: int, rates: np.ndarray) -> int:
-        plain = self._time(num_sequences, 0)
-        if plain is None or self._debt > self.MAX_DEBT * plain:
-            return 0
-        if 0 < self._num_drafting < self.TRIAL:
-            return self._level
-        if self._num_drafting >= self.REFRESH:
-            return 0
-        best, best_speed, best_level = self.MARGIN, 1.0, 0
-        expected = np.ones(len(rates))
-        for level in range(1, self._num_tokens + 1):
-            expected = 1.0 + rates * expected
-            seconds = self._time(num_sequences, level)
-            if seconds is None:
-                return 0 if self._debt else self._num_tokens
-            best_speed = float(expected.mean()) * plain / seconds
-            if best_speed > best:
-                best, best_level = best_speed, level
-        if best_level == 0 and not self._debt:
-            return 1
-        return best_level
+    # --- the choice --------------------------------------------------------------------------------------------------
 
-    def _limits(self, num_sequences: int, rates: np.ndarray, level: int) -> Sequence[int]:
-        """Drafts for each sequence: those that are likely enough to be worth the time that verifying them takes.
+    def _choose(self, num_sequences: int, rates: np.ndarray) -> np.ndarray:
+        """Drafts for each sequence [num_sequences]."""
+        nothing = np.zeros(num_sequences, np.int64)
+        plain, most = self._time(num_sequences, 0.0), self._time(num_sequences, float(self._num_tokens))
+        if plain is None or self._debt > self.MAX_DEBT * plain or self._num_drafting >= self.REFRESH:
+            return nothing
+        on_trial = 0 < self._num_drafting < self.TRIAL
+        may_try = on_trial or not self._debt
+        if most is None:
+            return np.full(num_sequences, self._num_tokens if may_try else 0)
+        # powers[s, i - 1]: the probability that the i-th draft of sequence s counts
+        powers = rates[:, None] ** np.arange(1, self._num_tokens + 1)
+        num_tokens = 1.0 + powers.cumsum(axis=1)
+        best, chosen = self.MARGIN, np.ones(num_sequences, np.int64) if may_try else nothing
+        for depth in range(1, self._num_tokens + 1):
+            seconds = self._time(num_sequences, depth)
+            assert seconds is not None  # since that of the most drafts is known
+            limits = _worth(powers[:, :depth], (seconds - plain) / (plain * depth))
+            seconds = self._time(num_sequences, float(limits.mean()))
+            assert seconds is not None
+            gain = float(num_tokens[np.arange(num_sequences), limits - 1].mean()) * plain / seconds
+            if gain > best:
+                best, chosen = gain, limits
+        return chosen
 
-        The i-th draft of a sequence brings aⁱ tokens; the step's tokens per second say what its time is worth. One is
-        always left, or nothing more would be learned of the sequence.
-        """
-        plain, seconds = self._time(num_sequences, 0), self._time(num_sequences, level)
-        if not level or plain is None or seconds is None or seconds <= plain:
-            return [level] * num_sequences
-        powers = rates[:, None] ** np.arange(1, level + 1)
-        speed = (num_sequences + powers.sum()) / seconds
-        worth_it = powers >= speed * (seconds - plain) / (num_sequences * level)
-        limits: list[int] = np.maximum(worth_it.sum(axis=1), 1).tolist()
-        return limits
+
+def _worth(powers: np.ndarray, cost: float) -> np.ndarray:
+    """How many drafts of each sequence bring more than they cost, where one costs as much as ``cost`` tokens.
+
+    At least one, or nothing more would be learned of the sequence.
+    """
+    limits: np.ndarray = np.maximum((powers >= cost).sum(axis=1), 1)
+    return limits
 
 
 def _size_class(num_sequences: int) -> int:

@@ -19,9 +19,7 @@ Requests = list[tuple[list[int], SamplingParams]]
 def speculation(models: Models, drafter: str, num_tokens: int = 3, fixed: bool = True) -> SpeculativeConfig:
     if drafter == "ngram":
         return SpeculativeConfig(method="ngram", num_tokens=num_tokens, fixed=fixed)
-    return SpeculativeConfig(
-        model=str(models.drafts[drafter]), dtype="float32", num_tokens=num_tokens, fixed=fixed
-    )
+    return SpeculativeConfig(model=str(models.drafts[drafter]), dtype="float32", num_tokens=num_tokens, fixed=fixed)
 
 
 def make_requests(seed: int, num_requests: int, **params: Any) -> Requests:

@@ -213,6 +213,8 @@ class AdaptiveController:
         self._num_drafting = self._num_drafting + 1 if num_drafts else 0
         if self._num_drafting != 1:  # the first step with drafts pays for what the drafter has missed
             depth = max(1, round(num_drafts / num_sequences)) if num_drafts else 0
+            if depth and plain is not None:  # what drafts add, as for a whole number of them
+                seconds = plain + (seconds - plain) * depth * num_sequences / num_drafts
             self._seconds.setdefault((_size_class(num_sequences), depth), _Average()).add(seconds, self.SMOOTHING)
 
     def release(self, sequence: Hashable) -> None:

@@ -109,7 +109,7 @@ def test_drafts_that_become_bad_are_given_up() -> None:
 
 
 def test_sequences_whose_drafts_are_right_get_more_than_others() -> None:
-    machine = Machine([0.95] * 4 + [0.05] * 4, base=2.0, slope=0.3, draft=0.1)
+    machine = Machine([0.95] * 4 + [0.05] * 4, base=4.0, slope=0.3, draft=0.1)
     machine.run(AdaptiveController(MAX_TOKENS), 400)
     limits = np.array([limits for limits in machine.limits[100:] if max(limits) == MAX_TOKENS])
     assert limits[:, :4].mean() > 3.5

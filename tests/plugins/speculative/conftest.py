@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import random
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -90,15 +91,44 @@ class Output:
     """All that was said of one sequence."""
 
     token_ids: list[int] = field(default_factory=list)
-    logprobs: list[tuple[int, float, int]] = field(default_factory=list)
+    chosen: list[tuple[int, int]] = field(default_factory=list)  # (token, rank) by the log-probabilities
+    logprobs: Any = field(default_factory=list)
     finish_reason: str | None = None
     stop_token_id: int | None = None
 
     def add(self, output: SequenceOutput) -> None:
         self.token_ids += output.token_ids
-        self.logprobs += [(item.token_id, round(item.logprob, 3), item.rank) for item in output.logprobs or ()]
+        for item in output.logprobs or ():
+            self.chosen.append((item.token_id, item.rank))
+            self.logprobs.append(item.logprob)
         self.finish_reason = output.finish_reason and output.finish_reason.value
         self.stop_token_id = output.stop_token_id
+
+
+class Erratic:
+    """A controller that asks for any number of drafts for any sequence, a new one after each step."""
+
+    def __init__(self, num_tokens: int, seed: int) -> None:
+        self._num_tokens = num_tokens
+        self._seed = seed
+        self._num_steps = 0
+
+    def choose(self, sequences: Sequence[Hashable]) -> Sequence[int]:
+        source = random.Random(self._seed * 1000 + self._num_steps)
+        if source.random() < 0.3:
+            return [0] * len(sequences)
+        return [source.randint(0, self._num_tokens) for _ in sequences]
+
+    def observe(self, sequence: Hashable, limit: int, num_accepted: int) -> None:
+        assert 0 <= num_accepted <= limit <= self._num_tokens
+
+    def measure(self, num_sequences: int, num_drafts: int, seconds: float, num_tokens: int) -> None:
+        assert 0 < num_tokens <= num_sequences + num_drafts  # one that has ended meanwhile brings none
+        assert seconds > 0.0
+        self._num_steps += 1
+
+    def release(self, sequence: Hashable) -> None:
+        pass
 
 
 @dataclass

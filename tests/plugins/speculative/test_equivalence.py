@@ -8,9 +8,10 @@ from typing import Any
 import hypothesis.strategies as st
 import pytest
 from hypothesis import HealthCheck, given, settings
-from tests.plugins.speculative.conftest import VOCAB_SIZE, Models, Run, make_config, make_engine, run
+from tests.plugins.speculative.conftest import VOCAB_SIZE, Erratic, Models, Run, make_config, make_engine, run
 
 from octavo import SamplingParams, SpeculativeConfig
+from octavo.speculation import Speculation
 
 DRAFTERS = ("ngram", "same", "noisy", "other")
 Requests = list[tuple[list[int], SamplingParams]]
@@ -38,10 +39,18 @@ def make_requests(seed: int, num_requests: int, **params: Any) -> Requests:
     return requests
 
 
-def compare(models: Models, speculative: SpeculativeConfig, requests: Requests, **options: Any) -> Run:
+def compare(
+    models: Models, speculative: SpeculativeConfig, requests: Requests, erratic: int | None = None, **options: Any
+) -> Run:
     bad = [[5], [7, 9]]
     plain = run(make_engine(make_config(models, **{**options, "overlap": False})), requests, bad)
     engine = make_engine(make_config(models, speculative, **options))
+    if erratic is not None:
+        speculation = engine._speculation
+        assert isinstance(speculation, Speculation)
+        speculation._controller = Erratic(speculative.num_tokens, erratic)
+    for output in plain.outputs.values():
+        output.logprobs = pytest.approx(output.logprobs, abs=1e-3)
     guessed = run(engine, requests, bad)
     assert guessed.outputs == plain.outputs
     again = run(engine, requests, bad)  # with a warm prefix cache, and drafters that have forgotten the first round
@@ -79,11 +88,11 @@ sampling = st.fixed_dictionaries(
 )
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     drafter=st.sampled_from(DRAFTERS),
     num_tokens=st.integers(1, 5),
-    fixed=st.booleans(),
+    erratic=st.none() | st.integers(0, 1000),
     seed=st.integers(0, 1000),
     num_requests=st.integers(1, 5),
     options=options,
@@ -93,15 +102,14 @@ def test_output_is_the_same_with_and_without_speculation(
     models: Models,
     drafter: str,
     num_tokens: int,
-    fixed: bool,
+    erratic: int | None,
     seed: int,
     num_requests: int,
     options: dict[str, Any],
     params: dict[str, Any],
 ) -> None:
-    compare(
-        models, speculation(models, drafter, num_tokens, fixed), make_requests(seed, num_requests, **params), **options
-    )
+    requests = make_requests(seed, num_requests, **params)
+    compare(models, speculation(models, drafter, num_tokens), requests, erratic, **options)
 
 
 @pytest.mark.parametrize("drafter", DRAFTERS)
@@ -131,6 +139,14 @@ def test_requests_that_give_way_go_on_as_before(models: Models, drafter: str) ->
     guessed = compare(models, speculation(models, drafter), requests, num_blocks=26, block_size=4)
     assert guessed.num_preemptions > 0
     assert guessed.num_accepted > 0
+
+
+@pytest.mark.parametrize("drafter", ["ngram", "same"])
+@pytest.mark.parametrize("overlap", [False, True])
+def test_the_controller_changes_nothing_but_the_speed(models: Models, drafter: str, overlap: bool) -> None:
+    requests = make_requests(4, 6, temperature=0.0, max_tokens=60, ignore_eos=True)
+    guessed = compare(models, speculation(models, drafter, fixed=False), requests, overlap=overlap)
+    assert guessed.num_drafts > 0
 
 
 def test_an_aborted_request_takes_its_drafts_along(models: Models) -> None:

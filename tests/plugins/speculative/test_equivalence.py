@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from typing import Any
 
 import hypothesis.strategies as st
 import pytest
+import torch
 from hypothesis import HealthCheck, given, settings
 from tests.plugins.speculative.conftest import VOCAB_SIZE, Erratic, Models, Run, make_config, make_engine, run
 
-from octavo import SamplingParams, SpeculativeConfig
+from octavo import ConfigError, EngineConfig, Provider, SamplingParams, SpeculativeConfig
+from octavo.interfaces import DrafterContext, SampleRow
+from octavo.messages import Abort, Submit
+from octavo.plugins import PluginHost
+from octavo.request import Request
 from octavo.speculation import Speculation
 
 DRAFTERS = ("ngram", "same", "noisy", "other")
@@ -150,8 +156,6 @@ def test_the_controller_changes_nothing_but_the_speed(models: Models, drafter: s
 
 
 def test_an_aborted_request_takes_its_drafts_along(models: Models) -> None:
-    from octavo.messages import Abort, Submit
-
     engine = make_engine(make_config(models, speculation(models, "same")))
     params = SamplingParams(temperature=0.0, max_tokens=50)
     for name in ("a", "b"):
@@ -166,3 +170,54 @@ def test_an_aborted_request_takes_its_drafts_along(models: Models) -> None:
     assert {output.request_id for output in outputs.sequences} == {"a", "b"}
     assert all(output.finish_reason == "abort" for output in outputs.sequences)
     assert engine.scheduler.blocks.num_free == engine.scheduler.blocks.num_blocks
+
+
+class Parrot:
+    """The smallest drafter: the last token again."""
+
+    bytes_per_block = 0
+
+    def __init__(self, config: EngineConfig, context: DrafterContext) -> None:
+        pass
+
+    def start(self, num_blocks: int) -> None:
+        pass
+
+    def draft(self, requests: Sequence[Request], limits: Sequence[int]) -> list[list[int]]:
+        return [[request.tokens[-1]] * limit for request, limit in zip(requests, limits, strict=True)]
+
+    def release(self, request: Request) -> None:
+        pass
+
+
+def test_anybodys_drafter_is_treated_like_ours(models: Models, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(PluginHost, "drafters", lambda host: {"parrot": Provider("parrot", Parrot)})
+    requests = make_requests(6, 3, temperature=0.0, max_tokens=30)
+    speculative = SpeculativeConfig(method="parrot", num_tokens=2, fixed=True)
+    guessed = compare(models, speculative, requests, plugins="no:speculative")
+    assert guessed.num_draft_tokens > 0
+
+
+class Shy:
+    """A processor that declares that it does not work with speculation."""
+
+    needs_history = False
+    works_with_speculation = False
+
+    def __init__(self, vocab_size: int, device: torch.device) -> None:
+        pass
+
+    def wants(self, params: SamplingParams) -> bool:
+        return False
+
+    def apply(self, logits: torch.Tensor, rows: Sequence[tuple[int, SampleRow]]) -> None:
+        pass
+
+
+def test_a_processor_that_does_not_work_with_speculation_is_refused(
+    models: Models, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(PluginHost, "logits_processors", lambda host: {"shy": Provider("shy", Shy)})
+    make_engine(make_config(models))
+    with pytest.raises(ConfigError, match="processor Shy does not work with speculation"):
+        make_engine(make_config(models, speculation(models, "ngram")))

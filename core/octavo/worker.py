@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import signal
@@ -55,6 +56,9 @@ def _run(socket: zmq.Socket[bytes]) -> None:
 
     host = PluginHost.reproduce(start.manifest, prefer=start.config.prefer)
     engine = build_engine(reproduce(start.config, start.manifest, host))
+    # what start-up made lives for ever: the collector need not look at it again and again
+    gc.collect()
+    gc.freeze()
     socket.send(encode(engine.info))
 
     def receive(timeout: float | None) -> list[Command]:

@@ -161,6 +161,8 @@ class ProcessClient:
         self._resolved = resolved
         self._lock = threading.Lock()
         self._closing = False
+        self._child: subprocess.Popen[bytes] | None = None
+        self._thread: threading.Thread | None = None
         self.stats = StepStats()
         self.dead: EngineDead | None = None
         self._folder = tempfile.TemporaryDirectory(prefix="octavo-")
@@ -181,8 +183,14 @@ class ProcessClient:
         self._outbox.setsockopt(zmq.LINGER, 0)
         self._outbox.connect(self._inbox_address)
 
+    def launch(self) -> None:
+        """Start the child and return at once; :meth:`start` waits for it. May be called more than once."""
+        if self._child is None:
+            self._child = self._start_child()
+
     def start(self, on_outputs: OutputsCallback, on_death: DeathCallback) -> None:
-        self._start_child()
+        self.launch()
+        assert self._child is not None
         while True:
             event = self._receive(0.2)
             if isinstance(event, EngineInfo):
@@ -216,33 +224,38 @@ class ProcessClient:
             if self._closing:
                 return
             self._closing = True
-        running = getattr(self, "_thread", None)
-        if running is not None and self.dead is None:
-            self._send(Shutdown(drain))
-        elif running is None:
-            self._child.terminate()
-        try:
-            self._child.wait(timeout=drain + self.STOP_SECONDS)
-        except subprocess.TimeoutExpired:
-            self._child.kill()
-            self._child.wait()
-        if running is not None and running is not threading.current_thread():
-            running.join(timeout=self.STOP_SECONDS)
+        if self._child is not None:
+            self._stop_child(self._child, drain)
+        if self._thread is not None and self._thread is not threading.current_thread():
+            self._thread.join(timeout=self.STOP_SECONDS)
         self._folder.cleanup()
 
     @property
     def process_id(self) -> int:
         """The child's."""
+        assert self._child is not None, "the engine was not started"
         return self._child.pid
 
-    def _start_child(self) -> None:
+    def _stop_child(self, child: subprocess.Popen[bytes], drain: float) -> None:
+        if self._thread is None:
+            child.terminate()
+        elif self.dead is None:
+            self._send(Shutdown(drain))
+        try:
+            child.wait(timeout=drain + self.STOP_SECONDS)
+        except subprocess.TimeoutExpired:
+            child.kill()
+            child.wait()
+
+    def _start_child(self) -> subprocess.Popen[bytes]:
         environment = {**os.environ}
         environment.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # spinning threads starve everybody else on small machines
-        self._child = subprocess.Popen(
+        child = subprocess.Popen(
             [sys.executable, "-m", "octavo.worker", self._address], stdin=subprocess.PIPE, env=environment
         )
         resolved = self._resolved
         self._socket.send(msgspec.msgpack.encode({"config": resolved.config, "manifest": resolved.manifest}))
+        return child
 
     def _send(self, command: Command) -> None:
         with self._lock:
@@ -257,7 +270,8 @@ class ProcessClient:
         poller = zmq.Poller()
         poller.register(self._socket, zmq.POLLIN)
         poller.register(self._inbox, zmq.POLLIN)
-        cause: str | None = None
+        child, cause = self._child, None
+        assert child is not None
         while cause is None:
             ready = dict(poller.poll(100))
             while self._inbox in ready and self._inbox.poll(0):
@@ -270,8 +284,8 @@ class ProcessClient:
                 elif isinstance(event, EngineFailed):
                     logger.error("the engine failed:\n%s", event.traceback)
                     cause = f"the engine failed: {event.cause}"
-            elif self._child.poll() is not None:
-                ended = "was shut down" if self._closing else f"ended unexpectedly with {_exit(self._child.returncode)}"
+            elif child.poll() is not None:
+                ended = "was shut down" if self._closing else f"ended unexpectedly with {_exit(child.returncode)}"
                 cause = f"the engine process {ended}"
         self.dead = EngineDead(cause)
         on_death(self.dead)

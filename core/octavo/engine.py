@@ -49,7 +49,6 @@ class Engine:
         runner: Runner,
         info: EngineInfo,
         *,
-        eos_token_ids: frozenset[int],
         speculation: NoSpeculation | None = None,
         overlap: bool = False,
         max_num_waiting: int = 8192,
@@ -58,7 +57,6 @@ class Engine:
         self.runner = runner
         self.info = info
         self.overlap = overlap
-        self._eos_token_ids = eos_token_ids
         self._speculation = speculation or NoSpeculation()
         self._max_num_waiting = max_num_waiting
         self._last_settled = 0.0
@@ -89,7 +87,7 @@ class Engine:
                 seed=seed,
                 max_total_tokens=limit,
                 index=index,
-                eos_token_ids=self._eos_token_ids,
+                eos_token_ids=frozenset(submit.eos_token_ids),
                 bad_token_ids=submit.bad_token_ids,
                 salt=submit.salt,
                 priority=submit.priority,
@@ -97,6 +95,8 @@ class Engine:
                 fork_of=first,
                 needs_history=needs_history,
             )
+            if request.wants_prompt_logits:
+                request.prompt_logprobs = [None] * request.num_prompt  # the first has none, even if it is the only one
             first = first or request
             self.scheduler.add(request)
 
@@ -204,10 +204,8 @@ class Engine:
     def _collect_prompt_logprobs(self, item: SettledRow, found: Sequence[TokenLogprobs] | None) -> None:
         """Positions arrive chunk by chunk, and again after a preemption; they leave with the first token."""
         request = item.row.request
-        if found is None or request.num_output > len(item.token_ids):
+        if found is None or request.prompt_logprobs is None:
             return
-        if request.prompt_logprobs is None:
-            request.prompt_logprobs = [None] * request.num_prompt
         start = item.row.start + 1
         request.prompt_logprobs[start : start + len(found)] = found
 

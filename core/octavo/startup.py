@@ -35,9 +35,11 @@ from octavo.layers.activation import TorchSiluAndMul
 from octavo.layers.builder import Builder
 from octavo.layers.linear import TorchLinear
 from octavo.layers.norm import TorchRMSNorm
+from octavo.layers.rotary import rope_parameters
 from octavo.loader import (
     CheckpointLoader,
     DummyLoader,
+    HuggingFaceFolder,
     NoWeights,
     choose_dtype,
     open_checkpoint,
@@ -53,6 +55,7 @@ from octavo.runner import Runner
 from octavo.sampling import BUILTIN_SAMPLE, make_processors
 from octavo.scheduler import Scheduler
 from octavo.speculation import AdaptiveController, FixedController, Speculation
+from octavo.text import TextProcessor, collect_eos_token_ids
 
 logger = logging.getLogger(__name__)
 
@@ -74,7 +77,6 @@ class Resolved:
     host: PluginHost
     checkpoint: Checkpoint
     model_config: Mapping[str, Any]
-    eos_token_ids: frozenset[int]
 
 
 def resolve(config: EngineConfig) -> Resolved:
@@ -95,15 +97,14 @@ def resolve(config: EngineConfig) -> Resolved:
     host = PluginHost(select(selection, needed, prefer=config.prefer), prefer=config.prefer)
     checkpoint = open_checkpoint(path, [provider.resolve() for provider in host.weight_formats().values()])
     model_config = {**checkpoint.config(), **config.hf_overrides}
-    needed.update(needed_plugins(checkpoint, config.quantization))
+    more = needed_plugins(checkpoint, config.quantization, host.quantizations())
     if config.speculative.drafter is not None and config.speculative.drafter not in host.drafters():
-        needed["speculative"] = f"speculation by {config.speculative.drafter} is configured"
+        more["speculative"] = f"speculation by {config.speculative.drafter} is configured"
     if draft_path is not None:
         draft = open_checkpoint(draft_path, [provider.resolve() for provider in host.weight_formats().values()])
-        needed.update(needed_plugins(draft, config.speculative.quantization))
-    manifest = select(selection, needed, prefer=config.prefer)
-    if manifest != host.manifest:
-        host = PluginHost(manifest, prefer=config.prefer)
+        more.update(needed_plugins(draft, config.speculative.quantization, host.quantizations()))
+    if more:
+        host = PluginHost(select(selection, {**needed, **more}, prefer=config.prefer), prefer=config.prefer)
     if config.speculative.drafter is not None:
         _named(host.drafters(), config.speculative.drafter, "drafter")
     resolved = replace(
@@ -114,7 +115,7 @@ def resolve(config: EngineConfig) -> Resolved:
     )
     host.check_capabilities(_capabilities(resolved))
     host.check_config(resolved)
-    return _resolved(resolved, manifest, host, checkpoint)
+    return _resolved(resolved, host.manifest, host, checkpoint)
 
 
 def _draft_path(config: EngineConfig) -> Path | None:
@@ -133,26 +134,38 @@ def reproduce(config: EngineConfig, manifest: Manifest, host: PluginHost) -> Res
 
 
 def _resolved(config: EngineConfig, manifest: Manifest, host: PluginHost, checkpoint: Checkpoint) -> Resolved:
-    model_config = {**checkpoint.config(), **config.hf_overrides}
-    ends = eos_token_ids(model_config, checkpoint.generation_config())
-    return Resolved(config, manifest, host, checkpoint, model_config, ends)
+    return Resolved(config, manifest, host, checkpoint, {**checkpoint.config(), **config.hf_overrides})
 
 
-def eos_token_ids(*configs: Mapping[str, Any]) -> frozenset[int]:
-    """Every token that any of the configurations calls the end of a sequence."""
-    found: set[int] = set()
-    for config in configs:
-        value = config.get("eos_token_id")
-        if value is not None:
-            found.update([value] if isinstance(value, int) else value)
-    return frozenset(found)
+def make_text(resolved: Resolved, *, chat_template: str | None = None) -> TextProcessor:
+    """The tokenizer: the model's own, unless ``config.tokenizer`` names another file or folder.
+
+    A sequence ends with whatever the tokenizer, the model's configuration or its generation configuration says.
+    """
+    named = resolved.config.tokenizer
+    if named is None:
+        tokenizer = resolved.checkpoint.tokenizer()
+    else:
+        path = resolve_model_path(named, weights=False)
+        formats = [provider.resolve() for provider in resolved.host.weight_formats().values()]
+        source = HuggingFaceFolder(path) if path.is_dir() else open_checkpoint(path, formats)
+        tokenizer = source.tokenizer()
+    ends = collect_eos_token_ids(tokenizer, resolved.model_config, resolved.checkpoint.generation_config())
+    vocab_size = int(resolved.model_config["vocab_size"])
+    return TextProcessor(tokenizer, vocab_size, eos_token_ids=ends, chat_template=chat_template)
 
 
 def _max_model_len(config: EngineConfig, model_config: Mapping[str, Any]) -> int:
     trained = model_config.get("max_position_embeddings")
-    if config.max_model_len is None:
+    wanted = config.max_model_len
+    if wanted is None:
         return int(trained or 2048)
-    return config.max_model_len
+    if trained is not None and wanted > trained and rope_parameters(model_config)["rope_type"] == "default":
+        raise ConfigError(
+            f"--max-model-len {wanted}: the model was made for {trained} tokens; use at most that, or stretch its "
+            f'positions with --hf-overrides \'{{"rope_scaling": {{"rope_type": "yarn", "factor": …}}}}\''
+        )
+    return wanted
 
 
 def _capabilities(config: EngineConfig) -> list[str]:
@@ -235,7 +248,6 @@ def build_engine(resolved: Resolved) -> Engine:
         scheduler,
         runner,
         info,
-        eos_token_ids=resolved.eos_token_ids,
         speculation=speculation,
         overlap=device.type == "cuda" if config.overlap is None else config.overlap,
         max_num_waiting=config.max_num_waiting,
@@ -290,13 +302,17 @@ class _ModelLoader:
     ) -> _LoadedModel:
         config, host, device = self.config, self.host, self.device
         assert config.max_model_len is not None
-        placement = Placement(device, choose_dtype(model_config, dtype, device))
+        placement = Placement(device, choose_dtype(model_config, dtype, device), config.batch_invariant)
         dummy = config.load_format == "dummy"
         weights = NoWeights() if dummy else checkpoint.weights()
         load = (
             DummyLoader(placement, self.operations) if dummy else CheckpointLoader(weights, placement, self.operations)
         )
         method = resolve_quantization(checkpoint, quantization, host.quantizations(), weights)
+        if method is not None and config.batch_invariant:
+            raise ConfigError(
+                f"--batch-invariant does not cover quantized weights ({method.name}); leave one of them out"
+            )
         build = Builder(load, max_model_len=config.max_model_len, quantization=method)
         model = choose_model(model_config, host.models())(model_config, build)
         first = build.attention_specs[0]
@@ -439,7 +455,7 @@ def _prefix_cache(config: EngineConfig, host: PluginHost) -> Any:
 
 
 def _policy(config: EngineConfig, host: PluginHost) -> Any:
-    providers = {provider.name: provider for provider in BUILTIN_POLICIES} | host.scheduling_policies()
+    providers = {**{provider.name: provider for provider in BUILTIN_POLICIES}, **host.scheduling_policies()}
     return _named(providers, config.scheduling_policy, "scheduling policy").resolve()()
 
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
+from tests.engines import make_engine, run, submit
 
 from octavo.client import EngineClient, ProcessClient, ThreadClient
 from octavo.config import EngineConfig
@@ -21,7 +22,6 @@ from octavo.errors import ConfigError, EngineDead
 from octavo.messages import SequenceOutput, StepOutputs
 from octavo.request import FinishReason, SamplingParams
 from octavo.startup import resolve
-from tests.engines import make_engine, run, submit
 
 CLIENTS = [ThreadClient, ProcessClient]
 LONG = SamplingParams(temperature=0.0, max_tokens=None)

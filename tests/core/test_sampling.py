@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
+from tests.engines import Sample, make_engine, run, submit
 from transformers import (
     LlamaForCausalLM,
     LogitsProcessor,
@@ -24,7 +25,6 @@ from octavo.messages import Submit
 from octavo.operations import SampleNeed
 from octavo.request import FinishReason, Request, SamplingParams
 from octavo.sampling import SamplingTable, SamplingTensors, TorchSample, apply_penalties, gather_logprobs, uniform
-from tests.engines import Sample, make_engine, run, submit
 
 CPU = torch.device("cpu")
 PROMPT = [10, 20, 30, 20, 10, 20]

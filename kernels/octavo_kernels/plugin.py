@@ -2,6 +2,26 @@
 
 from __future__ import annotations
 
-from octavo import PluginInfo
+from octavo import KernelProvider, PluginInfo, Provider, hookimpl
 
 plugin = PluginInfo(api=(1, 1), summary="Triton kernels for GPUs")
+
+REQUIRES = ("triton",)
+
+
+@hookimpl
+def octavo_attention_backends() -> list[Provider]:
+    return [Provider("triton", "octavo_kernels.backend:TritonAttention", priority=50, requires=REQUIRES)]
+
+
+@hookimpl
+def octavo_kernels() -> list[KernelProvider]:
+    targets = {
+        "rms_norm": "octavo_kernels.norm:TritonRMSNorm",
+        "silu_and_mul": "octavo_kernels.activation:TritonSiluAndMul",
+        "linear": "octavo_kernels.linear:SkinnyLinear",
+    }
+    return [
+        KernelProvider(f"triton-{operation.replace('_', '-')}", target, 50, REQUIRES, operation=operation)
+        for operation, target in targets.items()
+    ]

@@ -1,0 +1,106 @@
+"""Root-mean-square normalization, alone and fused with the residual addition before it: one program per token."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from octavo_kernels.launch import describe, missing_device, power_of_two
+
+MAX_SIZE = 32768
+
+
+@triton.jit
+def _rms_norm(
+    out_ptr,
+    x_ptr,
+    residual_ptr,
+    weight_ptr,
+    x_stride,
+    eps,
+    SIZE: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ADD: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    columns = tl.arange(0, BLOCK)
+    mask = columns < SIZE
+    weight = tl.load(weight_ptr + columns, mask=mask, other=0.0)  # not written by any predecessor
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
+    x = tl.load(x_ptr + row * x_stride + columns, mask=mask, other=0.0).to(tl.float32)
+    if ADD:
+        residual = tl.load(residual_ptr + row * SIZE + columns, mask=mask, other=0.0).to(tl.float32)
+        total = (x + residual).to(residual_ptr.dtype.element_ty)
+        tl.store(residual_ptr + row * SIZE + columns, total, mask=mask)
+        x = total.to(tl.float32)
+    scale = tl.rsqrt(tl.sum(x * x, axis=0) / SIZE + eps)
+    normalized = (x * scale).to(out_ptr.dtype.element_ty)
+    tl.store(out_ptr + row * SIZE + columns, normalized * weight, mask=mask)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None) -> Tensor:
+    """Normalize the last axis of ``x`` [num_tokens, size]; the norm of ``x + residual`` when there is a residual,
+    which then holds that sum (in place, [num_tokens, size], contiguous).
+
+    The sum of squares is in float32; the quotient is rounded to the dtype of ``x`` before it meets ``weight`` [size].
+    """
+    size = x.shape[-1]
+    rows = x.view(-1, size)
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    if rows.shape[0] == 0:
+        return out
+    if residual is not None and not residual.is_contiguous():
+        raise ValueError(f"the residual must be contiguous, not of strides {residual.stride()}")
+    block = power_of_two(size)
+    device = describe(x.device)
+    _rms_norm[(rows.shape[0],)](
+        out,
+        rows,
+        rows if residual is None else residual,
+        weight,
+        rows.stride(0),
+        eps,
+        SIZE=size,
+        BLOCK=block,
+        ADD=residual is not None,
+        PDL=device.dependent_launch,
+        num_warps=min(max(block // 512, 1), 16),
+        **device.options,
+    )
+    return out
+
+
+def rms_norm_reference(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """The same in float32 throughout."""
+    wide = x.float()
+    return wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps) * weight.float()
+
+
+class TritonRMSNorm:
+    """The operation ``rms_norm``."""
+
+    def __init__(self, need: object) -> None:
+        pass
+
+    @classmethod
+    def missing(cls, need: object) -> list[str]:
+        reasons = missing_device(need.device, need.dtype)
+        if need.size > MAX_SIZE:
+            reasons.append(f"it normalizes up to {MAX_SIZE} elements in one program, not {need.size}")
+        return reasons
+
+    def __call__(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        """x [..., size] -> the same shape."""
+        if x.dim() > 2 and not x.is_contiguous():
+            x = x.contiguous()
+        return rms_norm(x, weight, eps)
+
+    def add(self, x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+        """(norm of x + residual, x + residual); the sum is written into ``residual``."""
+        return rms_norm(x, weight, eps, residual), residual

@@ -1,0 +1,39 @@
+"""Kernels run on the GPU where there is one and in Triton's interpreter elsewhere, with the same tests.
+
+The interpreter must be chosen (``TRITON_INTERPRET=1``) before anything imports Triton, so without a GPU the tests of
+this folder run in a process of their own, which ``test_interpreted.py`` starts.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import pytest
+import torch
+
+if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
+    collect_ignore_glob = ["test_[!i]*.py"]  # all but test_interpreted.py
+
+
+@pytest.fixture
+def device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _interpreter_with_numpy_2_4(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton 3.6's interpreter turns one-element arrays into integers, which numpy 2.4 refuses."""
+    interpreter = pytest.importorskip("triton.runtime.interpreter")
+    patch_tensor = interpreter._patch_lang_tensor
+
+    def patch(tensor: type, scope: Any) -> None:
+        patch_tensor(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+
+    monkeypatch.setattr(interpreter, "_patch_lang_tensor", patch)

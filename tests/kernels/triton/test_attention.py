@@ -1,0 +1,141 @@
+"""Paged attention against float32, on ragged batches of every kind."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+from octavo_kernels.attention import Heads, paged_attention, paged_attention_reference, plan_sections
+
+
+@dataclass(frozen=True)
+class Case:
+    """A random batch: (query length, context length) of each row, single queries first."""
+
+    rows: list[tuple[int, int]]
+    num_heads: int = 4
+    num_kv_heads: int = 2
+    head_dim: int = 32
+    block_size: int = 16
+    window: int | None = None
+    soft_cap: float | None = None
+    eight_bit: bool = False
+    batch_invariant: bool = False
+
+    def run(self, device: torch.device, dtype: torch.dtype = torch.float16) -> tuple[torch.Tensor, torch.Tensor]:
+        """The kernel's output and the reference's."""
+        query_lens = [query_len for query_len, _ in self.rows]
+        context_lens = [context_len for _, context_len in self.rows]
+        blocks_per_row = [-(-length // self.block_size) for length in context_lens]
+        order = torch.randperm(sum(blocks_per_row) + 3)
+        tables = torch.zeros(len(self.rows), max(blocks_per_row) + 1, dtype=torch.int32)
+        taken = 0
+        for row, count in enumerate(blocks_per_row):
+            tables[row, :count] = order[taken : taken + count]
+            taken += count
+        query = torch.randn(sum(query_lens), self.num_heads, self.head_dim, device=device, dtype=dtype)
+        shape = (len(order), 2, self.num_kv_heads, self.block_size, self.head_dim)
+        kv = torch.randn(shape, device=device, dtype=dtype)
+        if self.eight_bit:
+            kv = kv.to(torch.float8_e4m3fn)
+        starts = torch.tensor([0, *query_lens], device=device).cumsum(0).int()
+        inputs = (query, kv, tables.to(device), starts, torch.tensor(context_lens, device=device, dtype=torch.int32))
+        settings = {
+            "scale": self.head_dim**-0.5,
+            "window": self.window,
+            "soft_cap": self.soft_cap,
+            "key_scale": 0.5 if self.eight_bit else 1.0,
+            "value_scale": 0.25 if self.eight_bit else 1.0,
+        }
+        num_decodes = next((i for i, length in enumerate(query_lens) if length != 1), len(query_lens))
+        sections = plan_sections(
+            Heads(self.num_heads, self.num_kv_heads, self.head_dim),
+            device,
+            num_rows=len(self.rows),
+            num_tokens=sum(query_lens),
+            num_decodes=num_decodes,
+            max_query_len=max(query_lens),
+            max_seq_len=max(context_lens),
+            batch_invariant=self.batch_invariant,
+        )
+        out = paged_attention(*inputs, sections, **settings)
+        assert all(section.arrivals is None or not section.arrivals.any() for section in sections)
+        return out.float(), paged_attention_reference(*inputs, **settings)
+
+
+DECODES = [(1, 200), (1, 1), (1, 16), (1, 65)]
+MIXED = [(1, 130), (1, 7), (70, 70), (33, 161), (2, 2)]
+VERIFICATION = [(5, 90), (5, 5), (3, 64)]
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(DECODES),
+        Case([(1, 700)]),
+        Case(MIXED),
+        Case([(90, 190)]),
+        Case(VERIFICATION),
+        Case([(1, 0), (1, 40)]),
+        Case(DECODES, num_heads=9, num_kv_heads=3, head_dim=80),
+        Case(MIXED, num_heads=7, num_kv_heads=1, head_dim=96),
+        Case(VERIFICATION, num_heads=4, num_kv_heads=4, head_dim=64, block_size=32),
+        Case(DECODES, head_dim=128, block_size=64),
+        Case([(1, 80), (40, 60)], head_dim=256),
+        Case(DECODES, window=50),
+        Case(MIXED, window=20),
+        Case(MIXED, soft_cap=3.0),
+        Case(MIXED, window=70, soft_cap=3.0, block_size=4),
+        Case(DECODES, eight_bit=True),
+        Case(MIXED, eight_bit=True),
+        Case([(1, 1500), *MIXED], batch_invariant=True),
+    ],
+    ids=str,
+)
+def test_attends(device: torch.device, case: Case) -> None:
+    out, expected = case.run(device)
+    torch.testing.assert_close(out, expected, atol=3e-3, rtol=3e-3)
+
+
+def test_a_long_context_is_split_and_repeats_bit_by_bit(device: torch.device) -> None:
+    results = []
+    for _ in range(3):
+        torch.manual_seed(1)
+        results.append(Case([(1, 900), (1, 300)]).run(device)[0])
+    assert torch.equal(results[0], results[1])
+    assert torch.equal(results[0], results[2])
+
+
+def test_splits_are_planned_without_single_lengths() -> None:
+    device = torch.device("cpu")
+    sections = plan_sections(
+        Heads(32, 8, 128), device, num_rows=1, num_tokens=1, num_decodes=1, max_query_len=1, max_seq_len=8192
+    )
+    assert [section.num_tiles for section in sections] == [1]
+    assert sections[0].num_splits > 1
+
+
+def test_batch_invariant_rows_do_not_depend_on_their_neighbours(device: torch.device) -> None:
+    """The same row alone and in a batch, with splits that depend on nothing but its own context."""
+    heads = Heads(4, 2, 32)
+    kv = torch.randn(200, 2, 2, 16, 32, device=device).half()
+    query = torch.randn(3, 4, 32, device=device).half()
+    tables = torch.randperm(200)[:198].view(3, 66).int().to(device)
+    lens = torch.tensor([1050, 30, 500], device=device, dtype=torch.int32)
+
+    def run(rows: int) -> torch.Tensor:
+        sections = plan_sections(
+            heads,
+            device,
+            num_rows=rows,
+            num_tokens=rows,
+            num_decodes=rows,
+            max_query_len=1,
+            max_seq_len=1050,
+            batch_invariant=True,
+        )
+        starts = torch.arange(rows + 1, device=device, dtype=torch.int32)
+        return paged_attention(query[:rows], kv, tables[:rows], starts, lens[:rows], sections, scale=0.2)
+
+    assert torch.equal(run(1)[0], run(3)[0])

@@ -27,6 +27,7 @@ from typing import Any
 
 import numpy as np
 import torch
+
 from octavo.config import DType, EngineConfig
 from octavo.engine import Engine
 from octavo.messages import Submit

@@ -10,6 +10,7 @@ import random
 from collections.abc import Mapping, Sequence
 
 import torch
+
 from octavo.batch import ForwardBatch
 
 

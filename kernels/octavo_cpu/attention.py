@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
-from octavo.batch import ForwardBatch
-from octavo.interfaces import AttentionBackend, AttentionNeed, AttentionSpec
 from torch import Tensor
 
+from octavo.batch import ForwardBatch
+from octavo.interfaces import AttentionBackend, AttentionNeed, AttentionSpec
 from octavo_cpu.library import DTYPES, common_lacks, library
 
 if TYPE_CHECKING:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+
 from octavo.architectures import choose_model
 from octavo.errors import CheckpointError, ConfigError, PluginError
 from octavo.hooks import Provider

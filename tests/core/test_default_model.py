@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from octavo import default_model
 from octavo.default_model import FILE_NAME, HUB_NAME, MODULE
 from octavo.errors import CheckpointError

@@ -9,14 +9,15 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
 from octavo.errors import EngineDead, RequestError
 from octavo.frontend import Collector, Frontend
 from octavo.messages import EngineInfo, SequenceOutput, StepOutputs, StepStats, Submit, Timing, TokenLogprobs
 from octavo.outputs import CompletionDelta
 from octavo.request import FinishReason, SamplingParams
 from octavo.text import TextProcessor, byte_level_alphabet
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
 
 VOCAB_SIZE = 257
 END = 256

@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
+
 from octavo.errors import CheckpointError
 from octavo.hooks import KernelProvider
 from octavo.interfaces import Placement
@@ -22,7 +24,6 @@ from octavo.loader import (
     resolve_model_path,
 )
 from octavo.operations import NormNeed, Operations
-from safetensors.torch import save_file
 
 CPU = torch.device("cpu")
 PLACEMENT = Placement(CPU, torch.float32)

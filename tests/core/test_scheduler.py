@@ -7,6 +7,7 @@ from collections.abc import Callable
 import hypothesis.strategies as st
 import pytest
 from hypothesis import given, settings
+
 from octavo.batch import StepPlan
 from octavo.blocks import BlockManager
 from octavo.policies import Priority

@@ -8,10 +8,11 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from octavo.errors import ConfigError, RequestError
-from octavo.text import Detokenizer, StopStrings, TextProcessor, byte_level_alphabet, collect_eos_token_ids
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
+
+from octavo.errors import ConfigError, RequestError
+from octavo.text import Detokenizer, StopStrings, TextProcessor, byte_level_alphabet, collect_eos_token_ids
 
 SENTENCES = [
     "The quick brown fox jumps over the lazy dog.",

@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
+
 from octavo.errors import CheckpointError
 from octavo.interfaces import Checkpoint, TensorInfo, WeightSource
 from octavo.loader import missing_tensor
-from torch import Tensor
-
 from octavo_gguf.dequantize import dequantize
 from octavo_gguf.reader import MAGIC, GGUFFile, GGUFTensor
 

@@ -10,11 +10,12 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from torch import Tensor
+
 from octavo.errors import ConfigError
 from octavo.layers.attention import ForwardContext
 from octavo.layers.builder import Builder
 from octavo.layers.rotary import RotaryEmbedding
-from torch import Tensor
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

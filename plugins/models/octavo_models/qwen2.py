@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from typing import Any
 
 from octavo.layers.builder import Builder
-
 from octavo_models.decoder import CausalDecoder, DecoderSpec, positive, sliding_window, windows_by_layer_type
 
 

@@ -9,12 +9,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tests.paging import PagedSequences
+from torch import Tensor
+
 from octavo.attention import torch_backend
 from octavo.attention.torch_backend import TorchAttention
 from octavo.interfaces import AttentionNeed, AttentionSpec
-from torch import Tensor
-
-from tests.paging import PagedSequences
 
 CPU = torch.device("cpu")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy
 import pytest
+
 from octavo.bench.arrivals import arrival_times
 from octavo.errors import ConfigError
 

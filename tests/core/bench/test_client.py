@@ -6,6 +6,7 @@ import asyncio
 from typing import Any
 
 import pytest
+
 from octavo.bench.client import Target, complete, drive, first_model, run_loop
 from octavo.bench.datasets import BenchRequest
 from octavo.bench.metrics import RequestResult, summarize

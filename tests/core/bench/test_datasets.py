@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+
 from octavo.bench.datasets import as_text, random_requests, sharegpt_requests, trace_requests, trace_tokens
 from octavo.errors import ConfigError
 

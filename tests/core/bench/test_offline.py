@@ -10,6 +10,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+
 from octavo import SamplingParams
 from octavo.bench import latency, throughput
 from octavo.bench.datasets import BenchRequest, random_requests

@@ -7,7 +7,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-
 from tests.core.bench.conftest import write_tiny_model
 
 Install = Callable[[str, str], None]

@@ -8,13 +8,13 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from tests.core.bench.conftest import FakeServer
+
 from octavo import FinishReason
 from octavo.cli import main
 from octavo.cli.chat import EngineSpeaker, Message, ServerSpeaker, converse
 from octavo.errors import ConfigError, RequestError
 from octavo.outputs import CompletionDelta
-
-from tests.core.bench.conftest import FakeServer
 
 
 @pytest.fixture

@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 
 import pytest
+
 from octavo import Completion, FinishReason, RequestOutput
 from octavo.cli import main
 from octavo.cli.generate import as_record, print_answers, read_prompts

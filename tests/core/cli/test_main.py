@@ -6,9 +6,9 @@ import subprocess
 import sys
 
 import pytest
-from octavo.cli import COMMANDS, main
-
 from tests.core.cli.conftest import Install
+
+from octavo.cli import COMMANDS, main
 
 COMMAND_PLUGIN = """
 from octavo import OptionGroup, PluginInfo, hookimpl

@@ -7,6 +7,7 @@ import dataclasses
 from typing import Any
 
 import pytest
+
 from octavo import EngineConfig, OptionGroup, SpeculativeConfig
 from octavo.cli.options import (
     ENGINE_OPTIONS,

@@ -9,9 +9,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from octavo.cli import main
-
 from tests.core.cli.conftest import Install
+
+from octavo.cli import main
 
 GOOD = """
 from octavo import PluginInfo, Provider, hookimpl

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
+
 from octavo.layers.norm import RMSNorm, TorchRMSNorm
 from octavo.operations import NormNeed
-from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 
 def norm_pair(size: int, eps: float, dtype: torch.dtype) -> tuple[RMSNorm, LlamaRMSNorm]:

@@ -6,11 +6,12 @@ from typing import Any
 
 import pytest
 import torch
-from octavo.errors import ConfigError
-from octavo.layers.rotary import RotaryEmbedding, rope_parameters
 from transformers import LlamaConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
+
+from octavo.errors import ConfigError
+from octavo.layers.rotary import RotaryEmbedding, rope_parameters
 
 CPU = torch.device("cpu")
 HEAD_DIM = 16

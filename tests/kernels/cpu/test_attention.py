@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+
 from octavo.attention.torch_backend import TorchAttention
 from octavo.batch import ForwardBatch
 from octavo.interfaces import AttentionBackend, AttentionNeed, AttentionSpec

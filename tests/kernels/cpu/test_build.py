@@ -7,9 +7,10 @@ import subprocess
 import sys
 from pathlib import Path
 
-import octavo_cpu.library
 import pytest
 import torch
+
+import octavo_cpu.library
 from octavo.operations import LinearNeed
 from octavo_cpu import build
 from octavo_cpu.linear import PackedLinear

@@ -6,11 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
 from octavo.config import EngineConfig
 from octavo.messages import Submit
 from octavo.request import SamplingParams
 from octavo.startup import build_engine, resolve
-from transformers import LlamaConfig, LlamaForCausalLM
 
 NUM_TOKENS = 24
 

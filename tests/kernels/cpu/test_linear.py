@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+
 from octavo.operations import LinearNeed
 from octavo_cpu.library import DTYPES, library
 from octavo_cpu.linear import OneDNNLinear, PackedLinear

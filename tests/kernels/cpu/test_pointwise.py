@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from octavo.layers.activation import TorchSiluAndMul
 from octavo.layers.norm import TorchRMSNorm
 from octavo.operations import ActivationNeed, NormNeed

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-import octavo_cpu.library
 import pytest
 import torch
+
+import octavo_cpu.library
 from octavo.attention.torch_backend import attend_one
 from octavo.batch import ForwardBatch
 from octavo.interfaces import AttentionNeed, AttentionSpec

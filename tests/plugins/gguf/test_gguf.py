@@ -13,13 +13,14 @@ import numpy as np
 import pytest
 import torch
 from gguf import GGMLQuantizationType, GGUFWriter
+from tokenizers import Tokenizer, models, pre_tokenizers
+
 from octavo.default_model import local_default_model
 from octavo.errors import CheckpointError
 from octavo_gguf.checkpoint import GGUFCheckpoint, GGUFFormat, llama3_factors, unpermuted_rows
 from octavo_gguf.dequantize import DEQUANTIZERS, dequantize
 from octavo_gguf.reader import BLOCK_TYPES, GGUFFile
 from octavo_gguf.tokenizer import PRE_TOKENIZERS
-from tokenizers import Tokenizer, models, pre_tokenizers
 
 HIDDEN, HEADS, KV_HEADS, HEAD_DIM, INNER, VOCAB = 32, 4, 2, 8, 64, 300
 BYTE_ALPHABET = sorted(pre_tokenizers.ByteLevel.alphabet())

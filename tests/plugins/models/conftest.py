@@ -9,6 +9,9 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from tests.paging import PagedSequences
+from torch import Tensor
+
 from octavo.architectures import choose_model
 from octavo.attention.torch_backend import TorchAttention
 from octavo.hooks import KernelProvider
@@ -21,9 +24,6 @@ from octavo.layers.norm import TorchRMSNorm
 from octavo.loader import CheckpointLoader, HuggingFaceFolder
 from octavo.operations import Operations
 from octavo_models.plugin import octavo_models
-from torch import Tensor
-
-from tests.paging import PagedSequences
 
 PLACEMENT = Placement(torch.device("cpu"), torch.float32)
 BLOCK_SIZE = 4

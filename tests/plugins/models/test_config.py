@@ -6,6 +6,8 @@ from typing import Any
 
 import pytest
 import torch
+from tests.plugins.models.conftest import MAX_MODEL_LEN, PLACEMENT, TINY, operations
+
 from octavo.errors import ConfigError
 from octavo.interfaces import AttentionSpec
 from octavo.layers.builder import Builder
@@ -15,8 +17,6 @@ from octavo_models.mistral import MistralForCausalLM
 from octavo_models.plugin import octavo_models, plugin
 from octavo_models.qwen2 import Qwen2ForCausalLM
 from octavo_models.qwen3 import Qwen3ForCausalLM
-
-from tests.plugins.models.conftest import MAX_MODEL_LEN, PLACEMENT, TINY, operations
 
 MODELS = (LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM)
 

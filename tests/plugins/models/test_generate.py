@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from octavo import LLM, SamplingParams
+from tests.plugins.models.conftest import TINY
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 
-from tests.plugins.models.conftest import TINY
+from octavo import LLM, SamplingParams
 
 Save = Callable[..., tuple[Path, transformers.PreTrainedModel]]
 

@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 import torch
 import transformers
-
 from tests.plugins.models.conftest import MAX_MODEL_LEN, TINY, PagedModel, load
 
 Save = Callable[..., tuple[Path, transformers.PreTrainedModel]]

@@ -32,7 +32,7 @@ from octavo.loader import (
     open_checkpoint,
     resolve_model_path,
 )
-from octavo.memory import GIB, MemoryBudget
+from octavo.memory import GIB, Activations, MemoryBudget, decode_step, largest_step, measure_peak
 from octavo.messages import EngineInfo
 from octavo.operations import Operations, SampleNeed
 from octavo.plugins import Manifest, PluginHost, Selection, select
@@ -43,6 +43,8 @@ from octavo.sampling import BUILTIN_SAMPLE, make_processors
 from octavo.scheduler import Scheduler
 
 logger = logging.getLogger(__name__)
+
+GRAPHS_RESERVE = 512 * 1024**2  # what captured graphs take beside activations: workspaces and kernels' arguments
 
 BUILTIN_KERNELS = (
     KernelProvider("torch", TorchRMSNorm, priority=-100, operation="rms_norm"),
@@ -181,7 +183,9 @@ def build_engine(resolved: Resolved) -> Engine:
         max_num_batched_tokens = config.max_num_batched_tokens or (8192 if device.type == "cuda" else 2048)
         max_num_batched_tokens = max(max_num_batched_tokens, config.max_num_seqs)
 
-        def make_runner(num_blocks: int) -> Runner:
+        use_graphs = device.type == "cuda" and backend.capturable and not config.enforce_eager
+
+        def make_runner(num_blocks: int, use_graphs: bool) -> Runner:
             return Runner(
                 model,
                 backend,
@@ -195,7 +199,18 @@ def build_engine(resolved: Resolved) -> Engine:
                 vocab_size=vocab_size,
                 processors=make_processors(list(host.logits_processors().values()), vocab_size, device),
                 sample=operations.choose("sample", SampleNeed(device, vocab_size))(SampleNeed(device, vocab_size)),
+                use_graphs=use_graphs,
             )
+
+        def measure() -> Activations:
+            largest = largest_step(config.max_num_seqs, max_num_batched_tokens, max_model_len, config.block_size)
+            num_blocks = len(largest.rows[0].request.blocks)
+            peak = measure_peak(device, lambda: make_runner(num_blocks, False).launch(largest))
+            if not use_graphs:
+                return Activations(peak)
+            decode = decode_step(config.max_num_seqs, config.block_size)
+            runner = make_runner(num_blocks, False)
+            return Activations(peak, measure_peak(device, lambda: runner.launch(decode)) + GRAPHS_RESERVE)
 
         block_bytes = sum(
             torch.Size(backend.kv_shape(spec, 1)).numel() * kv_dtype.itemsize for spec in build.attention_specs
@@ -205,10 +220,11 @@ def build_engine(resolved: Resolved) -> Engine:
             device,
             weight_bytes,
             block_bytes,
-            activation_bytes(vocab_size, max_num_batched_tokens, config),
+            measure() if device.type == "cuda" else estimate_activations(vocab_size, max_num_batched_tokens, config),
         )
         logger.info(budget.table())
-        runner = make_runner(budget.num_blocks)
+    with clock.measure("graphs"):
+        runner = make_runner(budget.num_blocks, use_graphs)
 
     scheduler = Scheduler(
         BlockManager(budget.num_blocks, config.block_size, _prefix_cache(config, host)),
@@ -280,18 +296,19 @@ def choose_kv_dtype(wanted: str, dtype: torch.dtype) -> torch.dtype:
     return known[wanted]
 
 
-def activation_bytes(vocab_size: int, max_num_batched_tokens: int, config: EngineConfig) -> int:
-    """An estimate from above of what a full step needs beside weights and caches: logits dominate."""
+def estimate_activations(vocab_size: int, max_num_batched_tokens: int, config: EngineConfig) -> Activations:
+    """From above, where it cannot be measured: logits dominate."""
     logits = min(config.max_num_seqs, max_num_batched_tokens) * vocab_size * 4 * 4
-    return logits + max_num_batched_tokens * 64 * 1024
+    return Activations(logits + max_num_batched_tokens * 64 * 1024)
 
 
 def plan_memory(
-    config: EngineConfig, device: torch.device, weights: int, block_bytes: int, activations: int
+    config: EngineConfig, device: torch.device, weights: int, block_bytes: int, activations: Activations
 ) -> MemoryBudget:
     """How many blocks there are. On a CPU a fixed size is set apart; on a GPU, what is left of its memory."""
     assert config.max_model_len is not None
     if device.type == "cuda":
+        torch.cuda.empty_cache()  # what the measurement left is free again
         free, total = torch.cuda.mem_get_info(device)
         limit = int(total * config.gpu_memory_utilization)
         others = max(0, total - free - torch.cuda.memory_reserved(device))
@@ -299,7 +316,7 @@ def plan_memory(
         knob = "--gpu-memory-utilization"
     else:
         total = _host_memory()
-        limit = int(config.cpu_kv_cache_gib * GIB) + weights + activations
+        limit = int(config.cpu_kv_cache_gib * GIB) + weights + activations.step
         others = 0
         knob = "--cpu-kv-cache-gib"
     return MemoryBudget.plan(

@@ -21,6 +21,9 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 import triton
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
 from octavo_kernels import launch
 from octavo_kernels.activation import silu_and_mul, silu_and_mul_reference
 from octavo_kernels.argmax import argmax, argmax_reference
@@ -28,8 +31,6 @@ from octavo_kernels.attention import Heads, Section, paged_attention, paged_atte
 from octavo_kernels.linear import SkinnyLinear, linear_reference
 from octavo_kernels.norm import rms_norm, rms_norm_reference
 from octavo_kernels.rotary import Rotation, rotate_and_store, rotate_reference
-from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 HIDDEN, LAYERS, HEADS, INTERMEDIATE, VOCAB = 4096, 32, Heads(32, 8, 128), 14336, 128256
 QKV = (HEADS.num_heads + 2 * HEADS.num_kv_heads) * HEADS.head_dim

@@ -72,7 +72,7 @@ class EngineConfig:
     num_threads: int | None = None
     tensor_parallel_size: int = 1
     pipeline_parallel_size: int = 1
-    seed: int = 0
+    seed: int | None = None  # makes the seeds of requests that bring none reproducible; None: drawn from the system
 
     speculative: SpeculativeConfig = field(default_factory=SpeculativeConfig)
     plugins: str | None = None  # the --plugins text; None: what the checkpoint and the options need

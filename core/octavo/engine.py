@@ -48,7 +48,6 @@ class Engine:
         runner: Runner,
         info: EngineInfo,
         *,
-        eos_token_ids: frozenset[int],
         drafter: Drafter | None = None,
         overlap: bool = False,
         max_num_waiting: int = 8192,
@@ -57,7 +56,6 @@ class Engine:
         self.runner = runner
         self.info = info
         self.overlap = overlap
-        self._eos_token_ids = eos_token_ids
         self._drafter = drafter
         self._max_num_waiting = max_num_waiting
         self._ended: list[SequenceOutput] = []  # ended outside a step: aborted or refused
@@ -87,7 +85,7 @@ class Engine:
                 seed=seed,
                 max_total_tokens=limit,
                 index=index,
-                eos_token_ids=self._eos_token_ids,
+                eos_token_ids=frozenset(submit.eos_token_ids),
                 bad_token_ids=submit.bad_token_ids,
                 salt=submit.salt,
                 priority=submit.priority,

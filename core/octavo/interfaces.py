@@ -154,10 +154,11 @@ class LinearSpec:
 
 @dataclass(frozen=True, slots=True)
 class Placement:
-    """Where computation happens and in which dtype activations are."""
+    """Where computation happens, in which dtype activations are, and whether a row may depend on its batch."""
 
     device: torch.device
     dtype: torch.dtype
+    batch_invariant: bool = False  # every row's result is the same to the last bit whatever rows are beside it
 
 
 @runtime_checkable

@@ -31,7 +31,7 @@ from octavo.hooks import (
 
 logger = logging.getLogger(__name__)
 
-DEFAULT_PLUGINS = ("models", "cpu", "triton", "prefix-cache")
+DEFAULT_PLUGINS = ("models", "cpu", "triton", "prefix-cache", "quantize")
 """Selected unless ``--plugins no:NAME`` leaves one out; one that is not installed is simply not there."""
 
 

@@ -27,6 +27,7 @@ from octavo.layers.norm import TorchRMSNorm
 from octavo.loader import (
     CheckpointLoader,
     DummyLoader,
+    HuggingFaceFolder,
     NoWeights,
     choose_dtype,
     open_checkpoint,
@@ -41,6 +42,7 @@ from octavo.quantization import needed_plugins, resolve_quantization
 from octavo.runner import Runner
 from octavo.sampling import BUILTIN_SAMPLE, make_processors
 from octavo.scheduler import Scheduler
+from octavo.text import TextProcessor, collect_eos_token_ids
 
 logger = logging.getLogger(__name__)
 
@@ -64,7 +66,6 @@ class Resolved:
     host: PluginHost
     checkpoint: Checkpoint
     model_config: Mapping[str, Any]
-    eos_token_ids: frozenset[int]
 
 
 def resolve(config: EngineConfig) -> Resolved:
@@ -84,7 +85,7 @@ def resolve(config: EngineConfig) -> Resolved:
     host = PluginHost(select(selection, needed, prefer=config.prefer), prefer=config.prefer)
     checkpoint = open_checkpoint(path, [provider.resolve() for provider in host.weight_formats().values()])
     model_config = {**checkpoint.config(), **config.hf_overrides}
-    needed.update(needed_plugins(checkpoint, config.quantization))
+    needed.update(needed_plugins(checkpoint, config.quantization, host.quantizations()))
     manifest = select(selection, needed, prefer=config.prefer)
     if manifest != host.manifest:
         host = PluginHost(manifest, prefer=config.prefer)
@@ -103,19 +104,25 @@ def reproduce(config: EngineConfig, manifest: Manifest, host: PluginHost) -> Res
 
 
 def _resolved(config: EngineConfig, manifest: Manifest, host: PluginHost, checkpoint: Checkpoint) -> Resolved:
-    model_config = {**checkpoint.config(), **config.hf_overrides}
-    ends = eos_token_ids(model_config, checkpoint.generation_config())
-    return Resolved(config, manifest, host, checkpoint, model_config, ends)
+    return Resolved(config, manifest, host, checkpoint, {**checkpoint.config(), **config.hf_overrides})
 
 
-def eos_token_ids(*configs: Mapping[str, Any]) -> frozenset[int]:
-    """Every token that any of the configurations calls the end of a sequence."""
-    found: set[int] = set()
-    for config in configs:
-        value = config.get("eos_token_id")
-        if value is not None:
-            found.update([value] if isinstance(value, int) else value)
-    return frozenset(found)
+def make_text(resolved: Resolved, *, chat_template: str | None = None) -> TextProcessor:
+    """The tokenizer: the model's own, unless ``config.tokenizer`` names another file or folder.
+
+    A sequence ends with whatever the tokenizer, the model's configuration or its generation configuration says.
+    """
+    named = resolved.config.tokenizer
+    if named is None:
+        tokenizer = resolved.checkpoint.tokenizer()
+    else:
+        path = resolve_model_path(named, weights=False)
+        formats = [provider.resolve() for provider in resolved.host.weight_formats().values()]
+        source = HuggingFaceFolder(path) if path.is_dir() else open_checkpoint(path, formats)
+        tokenizer = source.tokenizer()
+    ends = collect_eos_token_ids(tokenizer, resolved.model_config, resolved.checkpoint.generation_config())
+    vocab_size = int(resolved.model_config["vocab_size"])
+    return TextProcessor(tokenizer, vocab_size, eos_token_ids=ends, chat_template=chat_template)
 
 
 def _max_model_len(config: EngineConfig, model_config: Mapping[str, Any]) -> int:
@@ -147,7 +154,7 @@ def build_engine(resolved: Resolved) -> Engine:
     clock = _Clock()
     device = choose_device(config.device)
     set_num_threads(config, device)
-    placement = Placement(device, choose_dtype(resolved.model_config, config.dtype, device))
+    placement = Placement(device, choose_dtype(resolved.model_config, config.dtype, device), config.batch_invariant)
     operations = Operations(BUILTIN_KERNELS, host.kernels(), config.kernels)
     max_model_len = config.max_model_len
     assert max_model_len is not None  # resolve() filled it in
@@ -157,6 +164,10 @@ def build_engine(resolved: Resolved) -> Engine:
         weights = NoWeights() if dummy else resolved.checkpoint.weights()
         load = DummyLoader(placement, operations) if dummy else CheckpointLoader(weights, placement, operations)
         quantization = resolve_quantization(resolved.checkpoint, config.quantization, host.quantizations(), weights)
+        if quantization is not None and config.batch_invariant:
+            raise ConfigError(
+                f"--batch-invariant does not cover quantized weights ({quantization.name}); leave one of them out"
+            )
         build = Builder(load, max_model_len=max_model_len, quantization=quantization)
         model = choose_model(resolved.model_config, host.models())(resolved.model_config, build)
     weight_bytes = build.num_bytes()
@@ -252,7 +263,6 @@ def build_engine(resolved: Resolved) -> Engine:
         scheduler,
         runner,
         info,
-        eos_token_ids=resolved.eos_token_ids,
         overlap=device.type == "cuda" if config.overlap is None else config.overlap,
         max_num_waiting=config.max_num_waiting,
     )

@@ -47,24 +47,30 @@ def find_compiler() -> str | None:
 
 
 def build() -> list[Path]:
-    """Compiles every variant for this kind of machine; returns the libraries that were made.
+    """Compiles every variant for this kind of machine that is older than its sources; returns the libraries there are.
 
     Nothing is raised when that fails: the kernels are optional. What went wrong is written beside the sources and shown
     by whatever is asked to use them.
     """
-    for old in [*HERE.glob("kernels-*.so"), ERROR_FILE]:
-        old.unlink(missing_ok=True)
+    ERROR_FILE.unlink(missing_ok=True)
+    for library in HERE.glob("kernels-*.so"):
+        if not _is_current(library):
+            library.unlink()
     compiler = find_compiler()
     if compiler is None:
         ERROR_FILE.write_text("no C compiler was found when octavo was installed; install gcc and reinstall\n")
         return []
     x86 = platform.machine().lower() in ("x86_64", "amd64")
     sources = [str(HERE / source) for source in SOURCES]
+    variants = X86_FLAGS if x86 else {BASELINE: ()}
+    made = [library_path(variant) for variant in variants if library_path(variant).exists()]
     running = {}
-    for variant, flags in (X86_FLAGS if x86 else {BASELINE: ()}).items():
+    for variant, flags in variants.items():
+        if library_path(variant) in made:
+            continue
         command = [compiler, *FLAGS, *flags, *sources, "-o", str(library_path(variant)), "-lm"]
         running[variant] = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    made, errors = [], []
+    errors = []
     for variant, process in running.items():
         said, _ = process.communicate()
         if process.returncode == 0:
@@ -74,6 +80,12 @@ def build() -> list[Path]:
     if errors:
         ERROR_FILE.write_text("\n".join(errors) + "\n")
     return made
+
+
+def _is_current(library: Path) -> bool:
+    """Whether the library is newer than everything it is made from, this file and its flags included."""
+    inputs = [*HERE.glob("*.c"), *HERE.glob("*.h"), Path(__file__)]
+    return library.stat().st_mtime >= max(path.stat().st_mtime for path in inputs)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 import triton
@@ -57,11 +59,11 @@ def silu_and_mul_reference(gate_up: Tensor) -> Tensor:
 class TritonSiluAndMul:
     """The operation ``silu_and_mul``."""
 
-    def __init__(self, need: object) -> None:
+    def __init__(self, need: Any) -> None:
         pass
 
     @classmethod
-    def missing(cls, need: object) -> list[str]:
+    def missing(cls, need: Any) -> list[str]:
         return missing_device(need.device, need.dtype)
 
     def __call__(self, gate_up: Tensor) -> Tensor:

@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import ClassVar
 
 import torch
+from torch import Tensor
+
 from octavo.batch import ForwardBatch
 from octavo.interfaces import AttentionBackend, AttentionNeed, AttentionSpec
 from octavo.layers.attention import Attention
-from torch import Tensor
-
 from octavo_kernels.attention import Heads, Section, paged_attention, plan_sections
 from octavo_kernels.launch import missing_device
 from octavo_kernels.rotary import HeadNorm, Rotation, rotate_and_store
@@ -68,8 +68,16 @@ class TritonAttention(AttentionBackend):
         batch: ForwardBatch,
         plan: list[Section],
     ) -> Tensor:
-        scales = {"key_scale": spec.key_scale, "value_scale": spec.value_scale}
-        rotate_and_store(None, _packed(key), _packed(value), kv, batch.positions, batch.slots, **scales)
+        rotate_and_store(
+            None,
+            _packed(key),
+            _packed(value),
+            kv,
+            batch.positions,
+            batch.slots,
+            key_scale=spec.key_scale,
+            value_scale=spec.value_scale,
+        )
         return self._attend(query.contiguous(), spec, kv, batch, plan)
 
     def forward(self, layer: Attention, qkv: Tensor, kv: Tensor, batch: ForwardBatch, plan: list[Section]) -> Tensor:

@@ -1,13 +1,14 @@
 """Matrix products for few tokens, where reading the weights is all the work: ``y = x Wᵀ + b``.
 
-One token multiplies and reduces without tensor cores; 2 to 16 tokens use them with the weights on the left, so that the
-tokens are the narrow side and are not padded to 64. Narrow layers are split along the input; the last program to
+One token multiplies and reduces without tensor cores; 2 to 64 tokens use them with the weights on the left, so that the
+tokens are the narrow side and are hardly padded. Narrow layers are split along the input; the last program to
 arrive adds the parts up in order, so that results repeat bit by bit. More tokens go to cuBLAS.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +19,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from octavo_kernels.launch import describe, missing_device, power_of_two
 
-MAX_TOKENS = 16
+MAX_TOKENS = 64
 
 
 @triton.jit
@@ -152,8 +153,10 @@ def few_tokens_tiling(in_features: int, out_features: int) -> FewTokensTiling:
     """Wide layers fill the device by themselves; narrow ones want more loads in flight, and long ones a split.
     Measured on an H200."""
     block_k = min(128, max(16, power_of_two(in_features)))
+    if out_features >= 65536:
+        return FewTokensTiling(128, min(64, block_k), num_splits=1, num_warps=4, num_stages=5)
     if out_features >= 16384:
-        return FewTokensTiling(128, block_k, num_splits=1, num_warps=4, num_stages=3)
+        return FewTokensTiling(64, block_k, num_splits=1, num_warps=4, num_stages=4)
     tiles = triton.cdiv(out_features, 64)
     num_splits = 1
     while num_splits < 8 and (
@@ -166,7 +169,7 @@ def few_tokens_tiling(in_features: int, out_features: int) -> FewTokensTiling:
 class SkinnyLinear:
     """The operation ``linear`` for a plain weight [out_features, in_features] in bfloat16 or float16."""
 
-    def __init__(self, need: object, weight: Tensor, bias: Tensor | None) -> None:
+    def __init__(self, need: Any, weight: Tensor, bias: Tensor | None) -> None:
         self.weight = weight.contiguous()
         self.bias = bias
         out_features, in_features = weight.shape
@@ -177,7 +180,7 @@ class SkinnyLinear:
         self._arrivals = torch.zeros(tiles, dtype=torch.int32, device=weight.device)
 
     @classmethod
-    def missing(cls, need: object) -> list[str]:
+    def missing(cls, need: Any) -> list[str]:
         reasons = missing_device(need.device, need.dtype)
         if need.batch_invariant:
             reasons.append("its sums depend on how many tokens share a step, which --batch-invariant rules out")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -85,11 +87,11 @@ def rms_norm_reference(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 class TritonRMSNorm:
     """The operation ``rms_norm``."""
 
-    def __init__(self, need: object) -> None:
+    def __init__(self, need: Any) -> None:
         pass
 
     @classmethod
-    def missing(cls, need: object) -> list[str]:
+    def missing(cls, need: Any) -> list[str]:
         reasons = missing_device(need.device, need.dtype)
         if need.size > MAX_SIZE:
             reasons.append(f"it normalizes up to {MAX_SIZE} elements in one program, not {need.size}")

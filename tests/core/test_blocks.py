@@ -103,7 +103,7 @@ def test_check_finds_a_lost_block() -> None:
 
 
 class BlockMachine(RuleBasedStateMachine):
-    """Any order of operations on a few tables; ``check`` after every one, and every shared content stays what it was."""
+    """Any order of operations on a few tables; ``check`` after every one, and shared contents stay what they were."""
 
     def __init__(self) -> None:
         super().__init__()

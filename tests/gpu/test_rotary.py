@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from octavo_kernels.rotary import rotate_and_store
 
 pytestmark = pytest.mark.gpu

@@ -55,7 +55,7 @@ def run(args: argparse.Namespace, config: EngineConfig) -> int:
 
     batches: list[float] = []
     steps: list[float] = []
-    with LLM(config=config) as llm:
+    with LLM.from_config(config) as llm:
         for iteration in tqdm(
             range(-args.num_iters_warmup, args.num_iters), disable=args.disable_tqdm or None, unit="round"
         ):

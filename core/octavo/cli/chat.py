@@ -51,7 +51,7 @@ def run(args: argparse.Namespace) -> int:
     from octavo.llm import LLM
 
     params = sampling_params(args)
-    with LLM(config=engine_config(args)) as llm:
+    with LLM.from_config(engine_config(args)) as llm:
         converse(EngineSpeaker(llm, params), system)
     return 0
 

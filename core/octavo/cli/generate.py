@@ -42,7 +42,7 @@ def run(args: argparse.Namespace, config: EngineConfig) -> int:
     from octavo.llm import LLM
 
     progress = len(prompts) > 1 and sys.stderr.isatty()
-    with LLM(config=config) as llm:
+    with LLM.from_config(config) as llm:
         if args.chat:
             conversations = [[{"role": "user", "content": prompt}] for prompt in prompts]
             outputs = llm.chat(conversations, params, use_tqdm=progress)

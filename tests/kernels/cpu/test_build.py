@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 import sys
@@ -53,9 +54,17 @@ def test_a_compiler_that_fails_is_quoted(folder: Path, monkeypatch: pytest.Monke
 
 def test_without_a_compiler_the_remedy_is_named(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (folder / "kernels-baseline.so").touch()
+    os.utime(folder / "kernels-baseline.so", (0, 0))
     run_build(folder, monkeypatch, "/no/such/compiler")
     assert not (folder / "kernels-baseline.so").exists(), "a library of older sources must not stay"
     assert "no C compiler was found when octavo was installed; install gcc" in (folder / "build_error.txt").read_text()
+
+
+def test_a_library_that_is_newer_than_its_sources_is_kept(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    compiler = fake_compiler(folder, 'while [ "$1" != -o ]; do shift; done; echo made >>"$2"')
+    for _ in range(2):
+        assert run_build(folder, monkeypatch, compiler).returncode == 0
+    assert (folder / "kernels-baseline.so").read_text() == "made\n"
 
 
 def test_kernels_pass_the_reason_on(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

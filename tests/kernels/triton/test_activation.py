@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from octavo_kernels.activation import silu_and_mul, silu_and_mul_reference
 
 

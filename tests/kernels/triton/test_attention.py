@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+
 from octavo_kernels.attention import Heads, paged_attention, paged_attention_reference, plan_sections
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from octavo.operations import LinearNeed
 from octavo_kernels.linear import MAX_TOKENS, SkinnyLinear, linear_reference
 

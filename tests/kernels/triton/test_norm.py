@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from octavo_kernels.norm import TritonRMSNorm, rms_norm, rms_norm_reference
 
 

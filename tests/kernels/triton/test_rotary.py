@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from octavo_kernels.rotary import HeadNorm, Rotation, rotate_and_store, rotate_reference
 
 BLOCK_SIZE, NUM_BLOCKS = 4, 6

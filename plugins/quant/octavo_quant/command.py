@@ -1,0 +1,165 @@
+"""``octavo quantize``: a quantized checkpoint in a standard format out of a plain one."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from octavo.errors import CheckpointError, ConfigError
+from octavo.interfaces import WeightSource
+from octavo.loader import HuggingFaceFolder, resolve_model_path
+from octavo.quantization import quantization_settings
+from octavo_quant.fp8_weight import Fp8Weight
+
+SHARD_BYTES = 4 << 30
+INSTALL = "pip install 'llmcompressor==0.14.0.1'"
+
+KEPT_MODULES = ("lm_head", "embed_tokens", "gate", "router")
+"""Modules whose matrices stay as they are."""
+
+FP8_SETTINGS: dict[str, Any] = {
+    "quant_method": "compressed-tensors",
+    "format": "float-quantized",
+    "quantization_status": "compressed",
+    "config_groups": {
+        "group_0": {
+            "targets": ["Linear"],
+            "weights": {
+                "type": "float",
+                "num_bits": 8,
+                "strategy": "channel",
+                "symmetric": True,
+                "dynamic": False,
+            },
+            "input_activations": {
+                "type": "float",
+                "num_bits": 8,
+                "strategy": "token",
+                "symmetric": True,
+                "dynamic": True,
+            },
+        }
+    },
+    "ignore": ["lm_head"],
+    "kv_cache_scheme": None,
+}
+"""What llm-compressor calls FP8_DYNAMIC: a scale per output, inputs scaled per token while serving."""
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Quantize as the command line says.
+
+    Raises:
+        ConfigError: the input is quantized already, the output exists, or a library is missing.
+    """
+    source, out = resolve_model_path(arguments.model), Path(arguments.out)
+    if out.exists() and any(out.iterdir()):
+        raise ConfigError(f"{out} exists and is not empty; name another folder")
+    checkpoint = HuggingFaceFolder(source)
+    found = quantization_settings(checkpoint)
+    if found is not None:
+        raise CheckpointError(f"{source} is quantized with {found[0]} already; name the checkpoint it was made from")
+    if arguments.method == "fp8":
+        quantize_fp8(checkpoint, out)
+    else:
+        quantize_calibrated(source, out, arguments.method, arguments.group_size, arguments.calibration)
+    return 0
+
+
+def quantize_fp8(checkpoint: HuggingFaceFolder, out: Path) -> None:
+    """Write the checkpoint with its linear layers in FP8, one tensor in memory at a time but for a file's worth."""
+    out.mkdir(parents=True, exist_ok=True)
+    weights = checkpoint.weights()
+    pending: dict[str, Tensor] = {}
+    shards: list[list[str]] = []
+    total, size = 0, 0
+
+    def flush() -> None:
+        nonlocal size
+        if pending:
+            save_file(pending, out / f"part-{len(shards)}.safetensors", metadata={"format": "pt"})
+            shards.append(list(pending))
+            pending.clear()
+            size = 0
+
+    for name in sorted(weights.names()):
+        for key, tensor in quantized_tensors(name, weights):
+            pending[key] = tensor.contiguous()
+            size += tensor.nbytes
+            total += tensor.nbytes
+        if size >= SHARD_BYTES:
+            flush()
+    flush()
+    weight_map = {}
+    for number, names in enumerate(shards):
+        file = "model.safetensors" if len(shards) == 1 else f"model-{number + 1:05}-of-{len(shards):05}.safetensors"
+        (out / f"part-{number}.safetensors").rename(out / file)
+        weight_map.update(dict.fromkeys(names, file))
+    if len(shards) > 1:
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        (out / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
+    for other in checkpoint.path.iterdir():
+        kept = other.suffix in (".json", ".jinja", ".txt", ".model") and not other.name.endswith(".index.json")
+        if kept and other.name != "config.json":
+            shutil.copy2(other, out / other.name)
+    config = {**checkpoint.config(), "quantization_config": FP8_SETTINGS}
+    (out / "config.json").write_text(json.dumps(config, indent=2))
+
+
+def quantized_tensors(name: str, weights: WeightSource) -> list[tuple[str, Tensor]]:
+    """What becomes of a tensor: a linear layer's matrix gets a scale beside it, the rest stays."""
+    tensor = weights.read(name)
+    module = name.removesuffix(".weight")
+    is_matrix = name.endswith(".weight") and tensor.ndim == 2 and tensor.is_floating_point()
+    if not is_matrix or module.rpartition(".")[2] in KEPT_MODULES:
+        return [(name, tensor)]
+    made = Fp8Weight.online(tensor)
+    return [(name, made.values), (f"{name}_scale", made.scales)]
+
+
+def quantize_calibrated(source: Path, out: Path, method: str, group_size: int, calibration: Path | None) -> None:
+    """4 bits through llm-compressor, which writes the compressed-tensors format.
+
+    Raises:
+        ConfigError: the library is not installed, or there is no text to calibrate with.
+    """
+    if importlib.util.find_spec("llmcompressor") is None:
+        raise ConfigError(
+            f"--method {method} needs llm-compressor, which is not installed: {INSTALL} (with torch 2.10 to 2.14 and "
+            f"transformers 5.15 to 5.17, best in an environment of its own). --method fp8 needs no library"
+        )
+    if calibration is None:
+        raise ConfigError(f"--method {method} needs text like what will be served: --calibration FILE, a sample a line")
+    import datasets
+    from llmcompressor import oneshot
+    from llmcompressor.modifiers.awq import AWQModifier
+    from llmcompressor.modifiers.quantization import GPTQModifier
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(source)
+    lines = [line for line in calibration.read_text(encoding="utf-8").splitlines() if line.strip()]
+    samples = datasets.Dataset.from_list(
+        [{"input_ids": tokenizer(line, truncation=True, max_length=2048)["input_ids"]} for line in lines]
+    )
+    weights = {
+        "num_bits": 4,
+        "type": "int",
+        "strategy": "group",
+        "group_size": group_size,
+        "symmetric": method == "gptq",
+    }
+    modifier = {"awq": AWQModifier, "gptq": GPTQModifier}[method](
+        ignore=["lm_head"], config_groups={"group_0": {"targets": ["Linear"], "weights": weights}}
+    )
+    model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.bfloat16)
+    oneshot(model=model, dataset=samples, recipe=[modifier], num_calibration_samples=len(samples))
+    model.save_pretrained(out, save_compressed=True)
+    tokenizer.save_pretrained(out)

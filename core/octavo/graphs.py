@@ -76,7 +76,8 @@ class DecodeGraphs:
                 finally:
                     graph.capture_end()
             self._captured[size] = graph, output
-        logger.info("captured %d decode graphs in %.2f s", len(sizes), time.perf_counter() - started)
+        seconds = time.perf_counter() - started
+        logger.info("captured %d decode graphs, up to %d rows, in %.2f s", len(sizes), sizes[0], seconds)
         return True
 
     def can_serve(self, num_rows: int, num_tokens: int, num_sampled: int) -> bool:

@@ -175,15 +175,18 @@ class Runner:
             return self._launched(plan, rows, torch.empty(0, dtype=torch.int64), None, (), prompt_logprobs)
         if batch.logit_rows.shape[0] != hidden.shape[0]:
             hidden = hidden[batch.logit_rows]
-        logits = self.model.logits(hidden).float()
-        tokens, logprobs, entries = self._choose(plan.rows, rows, logits)
+        logits = self.model.logits(hidden)
+        if self._is_plain(rows):
+            tokens, logprobs, entries = self._sample(logits, self._greedy), None, []
+        else:
+            tokens, logprobs, entries = self._choose(plan.rows, rows, logits.float())
         self._keep(rows, tokens)
         return self._launched(plan, rows, tokens, logprobs, entries, prompt_logprobs)
 
     def _launch_graph(self, graphs: DecodeGraphs, plan: StepPlan, rows: _RowArrays) -> LaunchedStep:
         """A step of decodes only. The graph takes the most likely tokens; others are chosen from its logits."""
         output = graphs.replay(rows.slots, rows.ends)
-        if self._plain[rows.slots].all():
+        if self._is_plain(rows):
             return self._launched(plan, rows, output.tokens, None, (), {})
         tokens, logprobs, entries = self._choose(plan.rows, rows, output.logits.float())
         self._keep(rows, tokens)
@@ -236,7 +239,7 @@ class Runner:
             self._owner[slot] = (request, row.epoch)
             self._num_blocks_written[slot] = 0
             self._sampling.set(slot, request)
-            self._plain[slot] = self._is_plain(request)
+            self._plain[slot] = self._wants_likeliest(request)
             self._tokens.write(slot, 0, request.tokens)
         written = self._num_blocks_written[slot]
         if len(request.blocks) > written:
@@ -245,7 +248,11 @@ class Runner:
         if row.drafts:
             self._tokens.write(slot, row.end - len(row.drafts), row.drafts)
 
-    def _is_plain(self, request: Request) -> bool:
+    def _is_plain(self, rows: _RowArrays) -> bool:
+        """Whether every row that samples takes the most likely token and asks for nothing else."""
+        return bool(self._plain[rows.slots[rows.sampled]].all())
+
+    def _wants_likeliest(self, request: Request) -> bool:
         """Whether the most likely token is all that the request ever asks of the logits."""
         params = request.params
         return (

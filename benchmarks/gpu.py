@@ -7,9 +7,12 @@ nobody detokenizes. The anchors are vLLM 0.26.0 (its defaults) on an H200, measu
 from __future__ import annotations
 
 import argparse
+import cProfile
+import io
 import json
 import logging
 import os
+import pstats
 import random
 import statistics
 import subprocess
@@ -185,6 +188,39 @@ def host_time(octavo: Octavo, num_rows: int) -> dict[str, float]:
     return {name: statistics.median(values[16:]) * 1e3 for name, values in parts.items()}
 
 
+def mixed(octavo: Octavo, num_rows: int = 250, num_steps: int = 40) -> str:
+    """Steps of many decodes and one prompt of 220 tokens: the host's time to launch one, and what it takes."""
+    engine = octavo.engine
+    for prompt in octavo.prompts(num_rows, 220, seed=5):
+        engine.submit(octavo.submit(prompt, 200))
+    while engine.scheduler.waiting or any(r.is_prefilling for r in engine.scheduler.running.values()):
+        engine.settle(engine.launch())
+    launches, steps = [], []
+    profiler = cProfile.Profile()
+    for i, prompt in enumerate(octavo.prompts(num_steps, 220, seed=6)):
+        engine.submit(octavo.submit(prompt, 1))
+        torch.cuda.synchronize()
+        begin = time.perf_counter()
+        if i >= num_steps // 2:
+            profiler.enable()
+        step = engine.launch()
+        profiler.disable()
+        launches.append(time.perf_counter() - begin)
+        torch.cuda.synchronize()
+        steps.append(time.perf_counter() - begin)
+        engine.settle(step)
+    while engine.has_work:
+        engine.settle(engine.launch())
+    text = io.StringIO()
+    pstats.Stats(profiler, stream=text).sort_stats("tottime").print_stats(18)
+    half = num_steps // 2
+    launch, whole = (statistics.median(times[4:half]) * 1e3 for times in (launches, steps))
+    return (
+        f"mixed step: {launch:.2f} ms to launch, {whole:.2f} ms until done, longest {max(steps) * 1e3:.0f} ms\n"
+        + text.getvalue()
+    )
+
+
 def _in_flight(launched: Any, started: float) -> Any:
     from octavo.engine import InFlight
 
@@ -199,7 +235,8 @@ def profile(octavo: Octavo, batch: int) -> str:
         octavo.run([octavo.submit(prompt, 21) for prompt in prompts])
     averages = [event for event in profiler.key_averages() if event.self_device_time_total > 0]
     averages.sort(key=lambda event: -event.self_device_time_total)
-    lines = [f"batch {batch}, 21 steps, the first with the prompts' last blocks: {sum(e.self_device_time_total for e in averages) / 21e3:.3f} ms a step"]
+    whole = sum(event.self_device_time_total for event in averages) / 21e3
+    lines = [f"batch {batch}, 21 steps, the first with the prompts' last blocks: {whole:.3f} ms a step"]
     lines += [f"{e.self_device_time_total / 21e3:8.3f} ms {e.count / 21:7.1f}x  {e.key[:90]}" for e in averages[:22]]
     return "\n".join(lines)
 
@@ -238,7 +275,7 @@ class Table:
         self.rows.append({"name": name, "unit": unit, "octavo": value, "vllm": anchor.vllm, "must": anchor.must})
 
 
-PARTS = ("decode", "prefill", "throughput", "throughput-1024", "host", "profile", "startup", "ready")
+PARTS = ("decode", "prefill", "throughput", "throughput-1024", "host", "mixed", "profile", "startup", "ready")
 
 
 def main() -> None:
@@ -273,7 +310,7 @@ def measure(model: Path, parts: Sequence[str], args: argparse.Namespace) -> dict
     if "startup" in parts:
         for name, seconds in startup(model).items():
             table.add(f"start-up, {name}", "s", STARTUP[name], seconds)
-    if {"decode", "prefill", "throughput", "host", "profile"} & set(parts):
+    if {"decode", "prefill", "throughput", "host", "mixed", "profile"} & set(parts):
         octavo = Octavo(model, enforce_eager=args.enforce_eager)
         result["startup_seconds"] = octavo.engine.info.startup_seconds
         print("start-up", octavo.engine.info.startup_seconds)
@@ -297,6 +334,8 @@ def run_parts(
         for rows, times in result["host_ms"].items():
             table.add(f"host, {rows} rows", "ms", Anchor(None, float("nan"), 1.0, None), sum(times.values()))
             print("  ", {name: round(value, 3) for name, value in times.items()})
+    if "mixed" in parts:
+        print(mixed(octavo), flush=True)
     if "decode" in parts:
         for batch in args.batches:
             table.add(f"decode, batch {batch}", "ms", DECODE[batch], decode(octavo, batch))

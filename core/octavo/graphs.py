@@ -101,7 +101,8 @@ class DecodeGraphs:
         packed = np.empty((2, size), np.int64)
         packed[0, : len(slots)], packed[0, len(slots) :] = slots, self._spare_slot
         packed[1, : len(slots)], packed[1, len(slots) :] = seq_lens, 1
-        self._inputs[: 2 * size].copy_(torch.from_numpy(packed.reshape(-1)).pin_memory(), non_blocking=True)
+        flat = torch.from_numpy(packed.reshape(-1))
+        self._inputs[: 2 * size].copy_(flat.pin_memory() if self._device.type == "cuda" else flat, non_blocking=True)
 
 
 def _waits_for_device(run: Callable[[], object]) -> str | None:

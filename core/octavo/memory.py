@@ -35,14 +35,37 @@ def decode_step(max_num_seqs: int, block_size: int) -> StepPlan:
     return _step(SamplingParams(temperature=0.0), max_num_seqs, 1, block_size)
 
 
+def usual_steps(
+    max_num_seqs: int, max_num_batched_tokens: int, max_model_len: int, block_size: int, num_blocks: int
+) -> list[StepPlan]:
+    """Steps of every kind that kernels are compiled for, so that no request waits for a compiler: few rows and many,
+    short queries and long ones, alone and beside decodes, at the start of a context and far into it."""
+    greedy = SamplingParams(temperature=0.0)
+    context = min(max_model_len, num_blocks * block_size) - 1
+    steps = []
+    for num_rows in sorted({1, min(8, max_num_seqs), max_num_seqs}):
+        decodes = [_row(greedy, slot, 1, block_size, start=context - 1) for slot in range(num_rows)]
+        steps.append(StepPlan(decodes))
+        for length in (3, 6, 12, 24, 48, 96):
+            if length > context:
+                break
+            rows = [_row(greedy, slot, length, block_size, start=context - length) for slot in range(num_rows)]
+            steps.append(StepPlan(rows))
+            if num_rows > 1:
+                steps.append(StepPlan([*decodes[:-1], rows[-1]]))
+    return [step for step in steps if step.num_tokens <= max_num_batched_tokens]
+
+
 def _step(params: SamplingParams, num_rows: int, length: int, block_size: int) -> StepPlan:
-    rows = []
-    for slot in range(num_rows):
-        request = Request(f"profile-{slot}", [0] * length, params, seed=0, max_total_tokens=length + 1)
-        request.slot = slot
-        request.blocks = list(range(-(-(length + 1) // block_size)))
-        rows.append(PlannedRow(request, 0, length, samples=True))
-    return StepPlan(rows)
+    return StepPlan([_row(params, slot, length, block_size) for slot in range(num_rows)])
+
+
+def _row(params: SamplingParams, slot: int, length: int, block_size: int, start: int = 0) -> PlannedRow:
+    end = start + length
+    request = Request(f"profile-{slot}", [0] * end, params, seed=0, max_total_tokens=end + 1)
+    request.slot = slot
+    request.blocks = list(range(-(-end // block_size)))
+    return PlannedRow(request, start, length, samples=True)
 
 
 def measure_peak(device: torch.device, run: Callable[[], object]) -> int:

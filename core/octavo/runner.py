@@ -176,10 +176,7 @@ class Runner:
         if batch.logit_rows.shape[0] != hidden.shape[0]:
             hidden = hidden[batch.logit_rows]
         logits = self.model.logits(hidden)
-        if self._is_plain(rows):
-            tokens, logprobs, entries = self._sample(logits, self._greedy), None, []
-        else:
-            tokens, logprobs, entries = self._choose(plan.rows, rows, logits.float())
+        tokens, logprobs, entries = self._choose(plan.rows, rows, logits)
         self._keep(rows, tokens)
         return self._launched(plan, rows, tokens, logprobs, entries, prompt_logprobs)
 
@@ -188,7 +185,7 @@ class Runner:
         output = graphs.replay(rows.slots, rows.ends)
         if self._is_plain(rows):
             return self._launched(plan, rows, output.tokens, None, (), {})
-        tokens, logprobs, entries = self._choose(plan.rows, rows, output.logits.float())
+        tokens, logprobs, entries = self._choose(plan.rows, rows, output.logits)
         self._keep(rows, tokens)
         return self._launched(plan, rows, tokens, logprobs, entries, {})
 
@@ -324,6 +321,9 @@ class Runner:
         self, planned: Sequence[PlannedRow], rows: _RowArrays, logits: Tensor
     ) -> tuple[Tensor, LogprobTensors | None, list[int]]:
         """Tokens [num_sampled], and log-probabilities of the raw logits for the entries that asked for them."""
+        if self._is_plain(rows):
+            return self._sample(logits, self._greedy), None, []
+        logits = logits.float()
         entries = [i for i, row in enumerate(rows.sampled) if planned[row].request.params.logprobs is not None]
         raw = logits[entries] if entries else None
         logits = self._process(planned, rows, logits)

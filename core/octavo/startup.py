@@ -33,7 +33,7 @@ from octavo.loader import (
     open_checkpoint,
     resolve_model_path,
 )
-from octavo.memory import GIB, Activations, MemoryBudget, decode_step, largest_step, measure_peak
+from octavo.memory import GIB, Activations, MemoryBudget, decode_step, largest_step, measure_peak, usual_steps
 from octavo.messages import EngineInfo
 from octavo.operations import Operations, SampleNeed
 from octavo.plugins import Manifest, PluginHost, Selection, select
@@ -214,13 +214,18 @@ def build_engine(resolved: Resolved) -> Engine:
             )
 
         def measure() -> Activations:
+            """Run the largest step, and compile what others need."""
             largest = largest_step(config.max_num_seqs, max_num_batched_tokens, max_model_len, config.block_size)
-            num_blocks = len(largest.rows[0].request.blocks)
+            num_blocks = max(len(largest.rows[0].request.blocks), 512 // config.block_size)
             peak = measure_peak(device, lambda: make_runner(num_blocks, False).launch(largest))
+            runner = make_runner(num_blocks, False)
+            for step in usual_steps(
+                config.max_num_seqs, max_num_batched_tokens, max_model_len, config.block_size, num_blocks
+            ):
+                runner.launch(step)
             if not use_graphs:
                 return Activations(peak)
             decode = decode_step(config.max_num_seqs, config.block_size)
-            runner = make_runner(num_blocks, False)
             return Activations(peak, measure_peak(device, lambda: runner.launch(decode)) + GRAPHS_RESERVE)
 
         block_bytes = sum(

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from octavo.batch import ForwardBatch, PlannedRow, StepPlan
-from octavo.graphs import DecodeGraphs, DecodeOutput, graph_sizes
+from octavo.graphs import DecodeGraphs, DecodeOutput, MixedGraphs, MixedInputs, MixedShape, graph_sizes, mixed_shapes
 from octavo.interfaces import AttentionBackend, AttentionSpec, LogitsProcessor, Model, Placement, SampleRow
 from octavo.layers.attention import ForwardContext
 from octavo.messages import TokenLogprobs
@@ -153,6 +153,10 @@ class Runner:
             self._blocks.flush()
             graphs = DecodeGraphs(graph_sizes(max_num_seqs), max_num_seqs, device)
             self.graphs = graphs if graphs.capture(self._decode) else None
+        self.mixed_graphs: MixedGraphs | None = None
+        if self.graphs is not None:
+            self.mixed_graphs = MixedGraphs(mixed_shapes(max_num_seqs), max_num_seqs, device)
+            self.mixed_graphs.capture(self._mixed)
 
     # --- the step ----------------------------------------------------------------------------------------------------
 
@@ -167,6 +171,8 @@ class Runner:
         rows = _RowArrays.of(plan.rows)
         if self.graphs is not None and self.graphs.can_serve(len(rows.slots), len(rows.token_slots), len(rows.sampled)):
             return self._launch_graph(self.graphs, plan, rows)
+        if self.mixed_graphs is not None and (launched := self._launch_mixed(self.mixed_graphs, plan, rows)):
+            return launched
         batch = self._batch(rows)
         context = ForwardContext(batch, self.backend, self.backend.plan(batch), self.kv)
         hidden = self.model.forward(batch.tokens, batch.positions, context)
@@ -188,6 +194,31 @@ class Runner:
         tokens, logprobs, entries = self._choose(plan.rows, rows, output.logits)
         self._keep(rows, tokens)
         return self._launched(plan, rows, tokens, logprobs, entries, {})
+
+    def _launch_mixed(self, graphs: MixedGraphs, plan: StepPlan, rows: _RowArrays) -> LaunchedStep | None:
+        """A step of decodes and a few prompt tokens that all take the most likely token; None if it is not one."""
+        num_decodes = int((rows.query_lens == 1).sum())
+        num_rows, num_tokens = len(rows.slots), len(rows.positions)
+        shape = graphs.find(num_decodes, num_rows - num_decodes, num_tokens - num_decodes)
+        if (
+            shape is None
+            or not num_decodes
+            or not self._is_plain(rows)
+            or any(row.drafts or row.request.wants_prompt_logits for row in plan.rows)
+        ):
+            return None
+        output, where = graphs.replay(
+            shape,
+            rows.token_slots,
+            rows.positions,
+            rows.query_start,
+            rows.slots,
+            rows.ends,
+            rows.sampled,
+            rows.sampled_positions,
+        )
+        tokens = output.tokens[_to_device(where, self.placement.device)]
+        return self._launched(plan, rows, tokens, None, (), {})
 
     def _keep(self, rows: _RowArrays, tokens: Tensor) -> None:
         """Put sampled tokens where the next step reads them, as it would read some that came from the host."""
@@ -284,6 +315,30 @@ class Runner:
         logits = self.model.logits(self.model.forward(batch.tokens, positions, context))
         tokens = self._sample(logits, self._greedy)
         self._tokens.tensor[slots, seq_lens] = tokens
+        return DecodeOutput(tokens, logits)
+
+    @torch.inference_mode()
+    def _mixed(self, inputs: MixedInputs, shape: MixedShape) -> DecodeOutput:
+        """Decodes and prompts together, from numbers on the device alone."""
+        positions, token_slots = inputs.positions, inputs.token_slots
+        block = self._blocks.tensor[token_slots, torch.div(positions, self.block_size, rounding_mode="floor")]
+        batch = ForwardBatch(
+            tokens=self._tokens.tensor[token_slots, positions],
+            positions=positions,
+            query_start=inputs.query_start.to(torch.int32),
+            seq_lens=inputs.seq_lens.to(torch.int32),
+            block_tables=self._blocks.tensor[inputs.slots],
+            slots=block.long() * self.block_size + positions % self.block_size,
+            logit_rows=inputs.logit_rows,
+            max_query_len=shape.num_prompt_tokens,
+            max_seq_len=self._max_model_len,
+            num_decodes=shape.num_decodes,
+        )
+        context = ForwardContext(batch, self.backend, self.backend.plan(batch), self.kv)
+        hidden = self.model.forward(batch.tokens, positions, context)
+        logits = self.model.logits(hidden[inputs.logit_rows])
+        tokens = self._sample(logits, self._greedy)
+        self._tokens.tensor[inputs.target_slots, inputs.target_positions] = tokens
         return DecodeOutput(tokens, logits)
 
     def _batch(self, rows: _RowArrays) -> ForwardBatch:

@@ -20,7 +20,7 @@ from octavo.attention.torch_backend import TorchAttention
 from octavo.batch import ForwardBatch
 from octavo.config import EngineConfig
 from octavo.engine import Engine
-from octavo.graphs import DecodeGraphs, DecodeOutput, DecodeStep, graph_sizes
+from octavo.graphs import DecodeGraphs, DecodeOutput, DecodeStep, MixedGraphs, MixedShape, MixedStep, graph_sizes
 from octavo.messages import Submit
 from octavo.request import SamplingParams
 from octavo.runner import Runner
@@ -49,6 +49,20 @@ class Rerun(DecodeGraphs):
         return self._step(*self._views(size)).first(len(slots))
 
 
+class RerunMixed(MixedGraphs):
+    """The same for steps with prompts."""
+
+    num_replays = 0
+
+    def capture(self, step: MixedStep) -> None:
+        self._step = step
+
+    def replay(self, shape: MixedShape, *arrays: np.ndarray) -> tuple[DecodeOutput, np.ndarray]:
+        type(self).num_replays += 1
+        where = self._fill(shape, *arrays)
+        return self._step(self._views(shape), shape), where
+
+
 class DeviceLengths(TorchAttention):
     """Asks the tensors for the lengths, as kernels do."""
 
@@ -69,6 +83,7 @@ def make_engine(tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[
             return Runner(model, backend, *args, **{**options, "use_graphs": use_graphs})
 
         monkeypatch.setattr(octavo.runner, "DecodeGraphs", Rerun)
+        monkeypatch.setattr(octavo.runner, "MixedGraphs", RerunMixed)
         monkeypatch.setattr(octavo.startup, "Runner", runner)
         config = EngineConfig(
             model=str(tiny_llama), device="cpu", attention_backend="torch", num_blocks=64, max_num_seqs=6, overlap=False
@@ -118,6 +133,7 @@ def test_graph_steps_generate_what_eager_ones_do(
     assert Rerun.num_replays == before
     assert generate(make_engine(True), params) == eager
     assert Rerun.num_replays > before + 10
+    assert RerunMixed.num_replays > 0
 
 
 def test_padding_writes_to_the_spare_block_only(make_engine: Callable[[bool], Engine]) -> None:

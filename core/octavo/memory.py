@@ -22,12 +22,17 @@ class Activations:
     graphs: int = 0  # set apart for captured steps, whose memory nothing else uses
 
 
-def largest_step(max_num_seqs: int, max_num_batched_tokens: int, max_model_len: int, block_size: int) -> StepPlan:
-    """A step that needs as much memory as any can: all rows and tokens that there may be, all sampled in every way
-    and with log-probabilities. The rows share their blocks, ids 0 and up: the contents do not matter."""
+def largest_step(
+    max_num_seqs: int, max_num_batched_tokens: int, max_model_len: int, block_size: int, num_drafts: int = 0
+) -> StepPlan:
+    """A step that needs as much memory as any can: all rows and tokens that there may be, ``num_drafts`` of a row's
+    drafts, all sampled in every way and with log-probabilities. The rows share their blocks, ids 0 and up: the
+    contents do not matter."""
     params = SamplingParams(temperature=1.0, top_p=0.9, presence_penalty=1.0, logprobs=MAX_LOGPROBS)
     length = min(max(1, max_num_batched_tokens // max_num_seqs), max_model_len - 1)
-    return _step(params, max_num_seqs, length, block_size)
+    drafts = (0,) * min(num_drafts, length - 1)
+    rows = _step(params, max_num_seqs, length, block_size).rows
+    return StepPlan([row._replace(drafts=drafts) for row in rows])
 
 
 def decode_step(max_num_seqs: int, block_size: int) -> StepPlan:

@@ -21,10 +21,12 @@ from octavo.layers.attention import ForwardContext
 from octavo.messages import TokenLogprobs
 from octavo.request import Request
 from octavo.sampling import (
+    REJECTED,
     LogprobTensors,
     SamplingTable,
     SamplingTensors,
     TorchSample,
+    accept,
     apply_penalties,
     gather_logprobs,
 )
@@ -77,7 +79,7 @@ class LaunchedStep:
     """A step that was launched: its results may still be on their way to the host."""
 
     plan: StepPlan
-    tokens: Tensor  # [num_sampled] int64, pinned on a GPU
+    tokens: Tensor  # [num_sampled] int64, REJECTED where a draft before it was wrong; pinned on a GPU
     sampled: Sequence[int]  # index into the plan's rows of each sampled token
     logprobs: LogprobTensors | None  # for the entries of sampled that are listed in logprob_entries
     logprob_entries: Sequence[int]
@@ -92,11 +94,14 @@ class LaunchedStep:
         token_ids: list[list[int]] = [[] for _ in rows]
         logprobs: list[list[TokenLogprobs] | None] = [None for _ in rows]
         for row, token in zip(self.sampled, self.tokens.tolist(), strict=True):
-            token_ids[row].append(token)
+            if token != REJECTED:
+                token_ids[row].append(token)
         if self.logprobs is not None:
             chosen = self.tokens[torch.as_tensor(self.logprob_entries)]
             counts = [rows[self.sampled[entry]].request.params.logprobs or 0 for entry in self.logprob_entries]
             for entry, item in zip(self.logprob_entries, _listed(chosen, self.logprobs, counts), strict=True):
+                if item.token_id == REJECTED:
+                    continue
                 row = self.sampled[entry]
                 found = logprobs[row]
                 logprobs[row] = [item] if found is None else [*found, item]
@@ -158,6 +163,13 @@ class Runner:
             self.mixed_graphs = MixedGraphs(mixed_shapes(max_num_seqs), max_num_seqs, device)
             self.mixed_graphs.capture(self._mixed)
 
+    def correct(self, request: Request, start: int) -> None:
+        """The host knows the tokens from ``start`` on better than the device: the next step reads them so.
+
+        For who does not keep what the runner sampled; the request must hold its slot.
+        """
+        self._tokens.write(request.slot, start, request.tokens[start:])
+
     # --- the step ----------------------------------------------------------------------------------------------------
 
     @torch.inference_mode()
@@ -183,7 +195,9 @@ class Runner:
             hidden = hidden[batch.logit_rows]
         logits = self.model.logits(hidden)
         tokens, logprobs, entries = self._choose(plan.rows, rows, logits)
-        self._keep(rows, tokens)
+        drafts = self._keep(rows, tokens)
+        if rows.has_drafts:
+            tokens = accept(tokens, drafts, _to_device(rows.first_sampled, self.placement.device))
         return self._launched(plan, rows, tokens, logprobs, entries, prompt_logprobs)
 
     def _launch_graph(self, graphs: DecodeGraphs, plan: StepPlan, rows: _RowArrays) -> LaunchedStep:
@@ -220,10 +234,13 @@ class Runner:
         tokens = output.tokens[_to_device(where, self.placement.device)]
         return self._launched(plan, rows, tokens, None, (), {})
 
-    def _keep(self, rows: _RowArrays, tokens: Tensor) -> None:
-        """Put sampled tokens where the next step reads them, as it would read some that came from the host."""
+    def _keep(self, rows: _RowArrays, tokens: Tensor) -> Tensor:
+        """Put sampled tokens where the next step reads them, as it would read some that came from the host; returns
+        what was there: the drafts that they confirm or correct."""
         where = _to_device(np.stack([rows.slots[rows.sampled], rows.sampled_positions]), self.placement.device)
+        before = self._tokens.tensor[where[0], where[1]]
         self._tokens.tensor[where[0], where[1]] = tokens
+        return before
 
     def _launched(
         self,
@@ -378,13 +395,13 @@ class Runner:
         """Tokens [num_sampled], and log-probabilities of the raw logits for the entries that asked for them."""
         if self._is_plain(rows):
             return self._sample(logits, self._greedy), None, []
-        logits = logits.float()
         entries = [i for i, row in enumerate(rows.sampled) if planned[row].request.params.logprobs is not None]
         raw = logits[entries] if entries else None
         logits = self._process(planned, rows, logits)
         device = self.placement.device
         tensors = self._sampling.gather(rows.slots[rows.sampled], rows.sampled_positions, device)
-        tokens = self._sample(logits, tensors)
+        # the largest logit is the same in any dtype: a step that only wants that saves the conversion
+        tokens = self._sample(logits if tensors.all_greedy else logits.float(), tensors)
         if raw is None:
             return tokens, None, entries
         num_top = max(planned[rows.sampled[i]].request.params.logprobs or 0 for i in entries)
@@ -395,11 +412,12 @@ class Runner:
         sampled = [planned[row] for row in rows.sampled]
         for processor in self.processors:
             wanting = [
-                (i, SampleRow(row.request, int(rows.sampled_positions[i]), row.drafts))
+                (i, SampleRow(row.request, int(rows.sampled_positions[i]), row.drafts[: rows.num_drafts_before(i)]))
                 for i, row in enumerate(sampled)
                 if processor.wants(row.request.params)
             ]
             if wanting:
+                logits = logits.float()
                 processor.apply(logits, wanting)
         slots = rows.slots[rows.sampled]
         penalized = np.flatnonzero(self._sampling.penalized[slots])
@@ -409,6 +427,7 @@ class Runner:
         table, where = self._sampling, slots[penalized]
         num_known = rows.sampled_positions[penalized]
         chosen = _to_device(penalized, device)
+        logits = logits.float()
         logits[chosen] = apply_penalties(
             logits[chosen],
             self._tokens.tensor[_to_device(where, device), : int(num_known.max())],
@@ -455,6 +474,7 @@ class _RowArrays:
     token_slots: np.ndarray  # [num_tokens]
     positions: np.ndarray  # [num_tokens]
     sampled: np.ndarray  # [num_sampled]: the row of each token to be sampled
+    first_sampled: np.ndarray  # [num_sampled]: the index in ``sampled`` of the first token of the same row
     sampled_positions: np.ndarray  # [num_sampled]: where that token will stand
     logit_tokens: np.ndarray  # [num_sampled]: the token of this step whose hidden state decides it
 
@@ -472,7 +492,8 @@ class _RowArrays:
         positions = np.arange(query_start[-1]) - query_start[row_of_token] + starts[row_of_token]
         sampled = np.repeat(np.arange(len(planned)), num_sampled)
         first = np.cumsum(num_sampled) - num_sampled
-        offset = np.arange(len(sampled)) - first[sampled] - num_sampled[sampled]  # -num_sampled .. -1
+        first_sampled = first[sampled]
+        offset = np.arange(len(sampled)) - first_sampled - num_sampled[sampled]  # -num_sampled .. -1
         return cls(
             slots=slots,
             query_lens=query_lens,
@@ -481,9 +502,19 @@ class _RowArrays:
             token_slots=slots[row_of_token],
             positions=positions,
             sampled=sampled,
+            first_sampled=first_sampled,
             sampled_positions=ends[sampled] + offset + 1,
             logit_tokens=query_start[sampled + 1] + offset,
         )
+
+    @property
+    def has_drafts(self) -> bool:
+        """Whether any row is to sample more than one token."""
+        return bool((self.first_sampled != np.arange(len(self.sampled))).any())
+
+    def num_drafts_before(self, entry: int) -> int:
+        """How many drafts of its own row a sampled token follows."""
+        return entry - int(self.first_sampled[entry])
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:

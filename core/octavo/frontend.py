@@ -6,7 +6,7 @@ tokens' log-probabilities joined are the delta's text, whatever is held back for
 
 from __future__ import annotations
 
-import secrets
+import random
 import threading
 import time
 import uuid
@@ -38,6 +38,8 @@ class Frontend:
             thread. A server passes one that hands the whole list to its event loop at once.
         on_finished: told once of every request that ended, in whatever thread noticed.
         on_step: told of every step's gauges, in the client's thread.
+        seed: where the seeds come from of requests that bring none: the same requests in the same order then give the
+            same tokens. None: from the system's entropy.
     """
 
     def __init__(
@@ -48,12 +50,15 @@ class Frontend:
         deliver: Callable[[list[Delivery]], None] | None = None,
         on_finished: Callable[[RequestSummary], None] | None = None,
         on_step: Callable[[StepStats], None] | None = None,
+        seed: int | None = None,
     ) -> None:
         self.client = client
         self.text = text
         self._deliver = deliver or _call_sinks
+        self._eos_token_ids = sorted(text.eos_token_ids)
         self._on_finished = on_finished
         self._on_step = on_step
+        self._seeds = random.SystemRandom() if seed is None else random.Random(seed)
         self._lock = threading.Lock()  # guards the two fields below, never held while anything else is called
         self._open: dict[str, _OpenRequest] = {}
         self._dead: EngineDead | None = None
@@ -94,7 +99,8 @@ class Frontend:
             request_id=request_id,
             prompt=prompt,
             params=params,
-            seed=secrets.randbelow(MAX_DRAWN_SEED) if params.seed is None else params.seed,
+            seed=self._seeds.randrange(MAX_DRAWN_SEED) if params.seed is None else params.seed,
+            eos_token_ids=self._eos_token_ids,
             bad_token_ids=self.text.bad_token_ids(params.bad_words),
             salt=salt,
             priority=priority,
@@ -120,6 +126,11 @@ class Frontend:
         The engine confirms: until then deltas may still come, and each sample's last one says FinishReason.ABORT.
         """
         if request_id in self._open:
+            self.client.abort(request_id)
+
+    def abort_all(self) -> None:
+        """Stop every request that is open."""
+        for request_id in list(self._open):
             self.client.abort(request_id)
 
     def checked(self, prompt: Sequence[int], params: SamplingParams) -> SamplingParams:

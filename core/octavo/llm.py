@@ -17,8 +17,7 @@ from octavo.frontend import Collector, Frontend, Sink
 from octavo.messages import EngineInfo
 from octavo.outputs import CompletionDelta, RequestOutput
 from octavo.request import SamplingParams
-from octavo.startup import resolve
-from octavo.text import TextProcessor
+from octavo.startup import make_text, resolve
 
 Prompt = str | Sequence[int]
 Message = Mapping[str, Any]
@@ -54,9 +53,9 @@ class LLM:
 
     def _start(self, config: EngineConfig) -> None:
         resolved = resolve(config)
-        self.text = TextProcessor.from_checkpoint(resolved.checkpoint)
+        self.text = make_text(resolved)
         self.client: EngineClient = ThreadClient(resolved)
-        self.frontend = Frontend(self.client, self.text)
+        self.frontend = Frontend(self.client, self.text, seed=config.seed)
         self.frontend.start()
 
     def generate(

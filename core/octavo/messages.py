@@ -22,6 +22,7 @@ class Submit(msgspec.Struct, tag="submit", omit_defaults=True):
     prompt: list[int]
     params: SamplingParams
     seed: int
+    eos_token_ids: list[int] = []  # what ends the sequence unless params.ignore_eos
     bad_token_ids: list[list[int]] = []
     salt: bytes = b""
     priority: int = 0

@@ -19,7 +19,6 @@ from octavo.errors import ConfigError, RequestError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from octavo.interfaces import Checkpoint
 
 METASPACE = "\u2581"  # how SentencePiece writes a space
 
@@ -85,20 +84,6 @@ class TextProcessor:
         self.special_token_ids: frozenset[int] = frozenset(i for i, token in added.items() if token.special)
         self._decoder = _TokenDecoder(backend.decoder)
         self._bytes: dict[int, bytes] = {}
-
-    @classmethod
-    def from_checkpoint(
-        cls, checkpoint: Checkpoint, vocab_size: int | None = None, *, chat_template: str | None = None
-    ) -> TextProcessor:
-        """The tokenizer of a checkpoint, with the end-of-sequence tokens that its files name between them."""
-        tokenizer = checkpoint.tokenizer()
-        config = checkpoint.config()
-        return cls(
-            tokenizer,
-            config.get("vocab_size") if vocab_size is None else vocab_size,
-            eos_token_ids=collect_eos_token_ids(tokenizer, config, checkpoint.generation_config()),
-            chat_template=chat_template,
-        )
 
     # --- text to tokens ----------------------------------------------------------------------------------------------
 

@@ -8,7 +8,6 @@ import os
 import signal
 import sys
 import threading
-from typing import Any
 
 import msgspec
 import zmq
@@ -36,7 +35,7 @@ def main(address: str) -> int:
     for option in (zmq.SNDHWM, zmq.RCVHWM):
         socket.setsockopt(option, 0)
     socket.setsockopt(zmq.LINGER, 5000)
-    socket.connect(address)
+    socket.bind(address)
     try:
         _run(socket)
         return 0
@@ -75,9 +74,13 @@ def _run(socket: zmq.Socket[bytes]) -> None:
     drive(engine, receive, send)
 
 
-def _leave_with_parent(stream: Any = None) -> None:
-    """Standard input is a pipe that the parent holds: it ends when the parent does, however that happens."""
-    (stream or sys.stdin.buffer).read()
+def _leave_with_parent() -> None:
+    """Standard input is a pipe that the parent holds: it ends when the parent does, however that happens.
+
+    Read by its number: the stream object has a lock that must not be held when the interpreter ends.
+    """
+    while os.read(0, 1024):
+        pass
     os._exit(0)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -225,9 +226,12 @@ def engine(tiny_llama: Path) -> Engine:
     return make_engine(tiny_llama, max_model_len=128)
 
 
-def ask(engine: Engine, bad_token_ids: list[list[int]] | None = None, seed: int = 0, **params: Any) -> Sample:
-    params = {"temperature": 0.0, "max_tokens": 12, **params}
-    return run(engine, [submit("r", PROMPT, SamplingParams(**params), seed, bad_token_ids=bad_token_ids or [])])["r", 0]
+def ask(
+    engine: Engine, bad_token_ids: list[list[int]] | None = None, seed: int = 0, eos: Sequence[int] = (), **params: Any
+) -> Sample:
+    chosen = SamplingParams(**{"temperature": 0.0, "max_tokens": 12, **params})
+    more = {"bad_token_ids": bad_token_ids or [], "eos_token_ids": list(eos)}
+    return run(engine, [submit("r", PROMPT, chosen, seed, **more)])["r", 0]
 
 
 @pytest.fixture(scope="module")
@@ -276,13 +280,13 @@ def test_stop_token_ids_and_min_tokens(engine: Engine, greedy: list[int]) -> Non
     assert len(held.tokens) >= 6
 
 
-def test_the_end_token_ends_unless_it_is_ignored(tiny_llama: Path, greedy: list[int]) -> None:
-    engine = make_engine(tiny_llama, max_model_len=128, hf_overrides={"eos_token_id": [greedy[2], 999]})
-    place = greedy.index(greedy[2])
-    assert ask(engine).tokens == greedy[: place + 1]
-    assert ask(engine).finish_reason is FinishReason.STOP
-    assert ask(engine, ignore_eos=True).tokens == greedy
-    assert greedy[2] not in ask(engine, min_tokens=5).tokens[:5]
+def test_an_end_token_ends_unless_it_is_ignored(engine: Engine, greedy: list[int]) -> None:
+    eos = [greedy[2], 999]  # one that the model cannot even say
+    found = ask(engine, eos=eos)
+    assert found.tokens == greedy[: greedy.index(greedy[2]) + 1]
+    assert found.finish_reason is FinishReason.STOP
+    assert ask(engine, eos=eos, ignore_eos=True).tokens == greedy
+    assert greedy[2] not in ask(engine, eos=eos, min_tokens=5).tokens[:5]
 
 
 def test_logit_bias(engine: Engine, greedy: list[int]) -> None:

@@ -46,7 +46,7 @@ def run(args: argparse.Namespace, config: EngineConfig) -> int:
     tokenizer = workload.load_tokenizer(config.tokenizer or config.model) if args.dataset_name == "sharegpt" else None
     with LLM.from_config(config) as llm:
         size = min(args.vocab_size or llm.client.info.vocab_size, llm.client.info.vocab_size)
-        requests = workload.requests(args, size, tokenizer, config.seed)
+        requests = workload.requests(args, size, tokenizer, config.seed or 0)
         warmup = random_requests(1, input_len=16, output_len=16, vocab_size=size, seed=WARMUP_SEED)
         generate(llm, warmup, progress=False)
         seconds, num_output = generate(llm, requests, progress=progress)

@@ -40,7 +40,7 @@ ENGINE_OPTIONS: Mapping[str, Mapping[str, Option]] = {
         "quantization": Option("weight quantization, by plugin name, such as fp8", default="what the checkpoint says"),
         "hf_overrides": Option("JSON object of entries that replace those of config.json", metavar="JSON"),
         "max_model_len": Option("longest sequence, prompt and output together, in tokens", default="the model's own"),
-        "seed": Option("base of the seeds of requests that bring none"),
+        "seed": Option("base of the seeds of requests that bring none", default="drawn from the system"),
     },
     "scheduling": {
         "max_num_seqs": Option("sequences that run at once; the others wait"),

@@ -31,6 +31,8 @@ class TorchLinear:
 
     @classmethod
     def missing(cls, need: LinearNeed) -> list[str]:
+        if need.batch_invariant:
+            return ["the library behind it adds up in another order for another number of rows"]
         return []
 
     def apply(self, x: Tensor) -> Tensor:
@@ -61,7 +63,10 @@ def load_plain(spec: LinearSpec, load: LayerLoader) -> LinearMethod:
 
 def make_linear(weight: Tensor, bias: Tensor | None, load: LayerLoader) -> LinearMethod:
     """The best product for a plain weight [out_features, in_features] that is on the device already."""
-    need = LinearNeed(load.placement.device, weight.dtype, weight.shape[1], weight.shape[0])
+    placement = load.placement
+    need = LinearNeed(
+        placement.device, weight.dtype, weight.shape[1], weight.shape[0], batch_invariant=placement.batch_invariant
+    )
     method: LinearMethod = load.kernel("linear", need)(need, weight, bias)
     return method
 

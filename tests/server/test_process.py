@@ -72,7 +72,7 @@ def test_the_log_says_where_the_time_went_and_how_to_ask(served: Served) -> None
 
 def test_a_killed_engine_fails_what_runs_and_the_server_says_why(served: Served) -> None:
     texts: list[str] = []
-    thread = threading.Thread(target=lambda: texts.append(served.stream(LONG)))
+    thread = threading.Thread(target=lambda: texts.append(served.stream({**LONG, "n": 128})))
     thread.start()
     time.sleep(0.3)
     os.kill(served.engine_process(), signal.SIGKILL)

@@ -50,8 +50,12 @@ def _one_token_packed(
     BIAS: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Program: 16 outputs, BLOCKS blocks of 128 inputs at a time; the next words are on their way meanwhile."""
+    """Program: 16 outputs, BLOCKS blocks of 128 inputs at a time; the next words are on their way meanwhile.
+
+    The inputs are read as pairs, 32 bits each.
+    """
     tile = tl.program_id(0)
+    dtype: tl.constexpr = out_ptr.dtype.element_ty
     num_blocks: tl.constexpr = K // 128
     parts: tl.constexpr = 1 if GROUP >= 128 else 128 // GROUP
     row = tl.arange(0, 16)
@@ -75,9 +79,14 @@ def _one_token_packed(
             dots = tl.zeros((16, BLOCKS, 16), tl.float32)
             inputs = tl.zeros((BLOCKS, 16), tl.float32)
             for r in tl.static_range(part * 4 // parts, (part + 1) * 4 // parts):
-                k = (start + block)[:, None] * 128 + r * 32 + t[None, :] * 2
-                low = tl.load(x_ptr + k, mask=inside[:, None], other=0.0).to(tl.float32)
-                high = tl.load(x_ptr + k + 1, mask=inside[:, None], other=0.0).to(tl.float32)
+                k = (start + block)[:, None] * 64 + r * 16 + t[None, :]
+                pair = tl.load(x_ptr + k, mask=inside[:, None], other=0)
+                if dtype == tl.bfloat16:
+                    low = (pair << 16).to(tl.float32, bitcast=True)
+                    high = (pair & -65536).to(tl.float32, bitcast=True)
+                else:
+                    low = pair.to(tl.int16).to(dtype, bitcast=True).to(tl.float32)
+                    high = (pair >> 16).to(tl.int16).to(dtype, bitcast=True).to(tl.float32)
                 inputs += low + high
                 # 128 + q in float32: the nibble is moved to bits 16 to 19
                 even = ((word << (16 - 4 * r)) & 0x000F0000) | 0x43000000
@@ -320,7 +329,7 @@ class TritonPacked:
         out = torch.empty((1, self._out_features), dtype=x.dtype, device=x.device)
         _one_token_packed[(self._words.shape[0],)](
             out,
-            x,
+            x.contiguous().view(torch.int32),
             self._words,
             self._scales,
             self._scales if self._zeros is None else self._zeros,

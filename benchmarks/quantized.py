@@ -17,10 +17,13 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 import triton
-from kernels import DTYPE, LINEARS, ROTATION_BYTES, Ceilings, Result, commit, relative_error, replay_time
+from kernels import DTYPE, LINEARS, ROTATION_BYTES, VOCAB, Ceilings, Result, commit, relative_error, replay_time
 
+from octavo.operations import SampleNeed
+from octavo.sampling import SamplingTensors, TorchSample
 from octavo_kernels.fp8_linear import TritonFp8
 from octavo_kernels.packed_linear import TritonPacked
+from octavo_kernels.sample import TritonSample
 from octavo_quant.fp8_linear import ReferenceFp8
 from octavo_quant.fp8_weight import Fp8Need, Fp8Weight
 from octavo_quant.packed import PackedNeed, PackedWeight
@@ -91,6 +94,31 @@ def bench_plain(name: str) -> dict[int, float]:
     return times
 
 
+def bench_sample(ceilings: Ceilings, num_rows: int, filtered: bool) -> Result:
+    """``other`` is torch, which asks the host when rows are filtered: measured by events around single calls."""
+    logits = torch.randn(num_rows, VOCAB, device=DEVICE) * 3
+    limits = torch.full((2, num_rows), 0.9, device=DEVICE)
+    tensors = SamplingTensors(
+        temperature=torch.ones(num_rows, device=DEVICE),
+        uniform=torch.rand(num_rows, device=DEVICE),
+        top_k=torch.full((num_rows,), 50, device=DEVICE) if filtered else None,
+        top_p=limits[0] if filtered else None,
+    )
+    need = SampleNeed(DEVICE, VOCAB)
+    kernel, reference = TritonSample(need), TorchSample(need)
+    error = float((kernel(logits, tensors) != reference(logits, tensors)).float().mean())
+    time = replay_time([partial(kernel, logits, tensors)] * 3)
+    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    begin.record()
+    for _ in range(5):
+        reference(logits, tensors)
+    end.record()
+    torch.cuda.synchronize()
+    other = begin.elapsed_time(end) * 200
+    label = "sample top-k top-p" if filtered else "sample"
+    return Result(label, str(num_rows), time, ceilings.floor(logits.nbytes), other, error)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path)
@@ -103,6 +131,7 @@ def main() -> None:
         plain = bench_plain(name)
         for label in FORMATS:
             results += bench(ceilings, name, plain, label)
+    samples = [bench_sample(ceilings, rows, filtered) for filtered in (False, True) for rows in (1, 32, 256)]
     print(f"ceilings: {ceilings.bytes_per_us / 1e6:.2f} TB/s, {ceilings.flops_per_us / 1e6:.0f} TFLOP/s; microseconds")
     print(f"{'':22}" + "".join(f"{name:>24}" for name in LAYER) + f"{'error':>10}")
     by_key = {(result.kernel, result.size): result for result in results}
@@ -113,6 +142,11 @@ def main() -> None:
             if row:
                 cells = "".join(f"{r.time:10.1f} ({r.floor:.1f}; {r.other or 0:.1f})".rjust(24) for r in row)
                 print(f"{label:16}{num_tokens:6}" + cells + f"{max(r.error or 0.0 for r in row):10.1e}")
+    for r in samples:
+        print(
+            f"{r.kernel:20}{r.size:>6}{r.time:10.1f} ({r.floor:.1f}; {r.other or 0:.1f}){r.error or 0.0:10.1e} differ"
+        )
+    results += samples
     if arguments.output is not None:
         record = {
             "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),

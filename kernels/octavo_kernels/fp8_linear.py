@@ -23,6 +23,9 @@ from octavo_kernels.linear import MAX_TOKENS, FewTokensTiling
 LARGEST = 448.0
 """Of float8_e4m3fn."""
 
+WIDE = 16384
+"""So many outputs fill the device with tensor-core tiles, which then are ahead of multiplying for one token too."""
+
 
 @triton.jit
 def _one_token_fp8(
@@ -189,15 +192,16 @@ def quantize_tokens(x: Tensor) -> tuple[Tensor, Tensor]:
     return out, scales
 
 
-def few_tokens_fp8_tiling(in_features: int, out_features: int, column_block: int) -> FewTokensTiling:
+def few_tokens_fp8_tiling(in_features: int, out_features: int, column_block: int, block_m: int) -> FewTokensTiling:
     """Steps of half as many bytes as for 16-bit weights, and so one more in flight."""
     block_k = min(128, max(16, power_of_two(in_features)))
     while column_block < in_features and column_block % block_k:
         block_k //= 2
     tiles = triton.cdiv(out_features, 64)
+    wanted = 384 if block_m <= 32 else 128
     num_splits = 1
     while num_splits < 8 and (
-        in_features > 8192 * num_splits or (tiles * num_splits < 128 and in_features >= 2048 * num_splits)
+        in_features > 8192 * num_splits or (tiles * num_splits < wanted and in_features >= 1024 * num_splits)
     ):
         num_splits *= 2
     return FewTokensTiling(64, block_k, num_splits, num_warps=4, num_stages=5 if out_features >= 16384 else 7)
@@ -220,9 +224,7 @@ class TritonFp8:
             self._row_scales = rows.reshape(1, -1).contiguous()
         self._bias = bias
         self._device = describe(self._values.device)
-        self.few = few_tokens_fp8_tiling(need.in_features, need.out_features, need.column_block)
-        tiles = triton.cdiv(need.out_features, self.few.block_n)
-        self._arrivals = torch.zeros(tiles, dtype=torch.int32, device=self._values.device)
+        self._arrivals = torch.zeros(triton.cdiv(need.out_features, 64), dtype=torch.int32, device=self._values.device)
 
     @classmethod
     def missing(cls, need: Any) -> list[str]:
@@ -240,9 +242,9 @@ class TritonFp8:
     def apply(self, x: Tensor) -> Tensor:
         """x [num_tokens, in_features] -> [num_tokens, out_features]."""
         num_tokens = x.shape[0]
-        if num_tokens == 1:
+        if num_tokens == 1 and self._values.shape[0] < WIDE:
             return self._apply_one(x)
-        if 1 < num_tokens <= MAX_TOKENS:
+        if 1 <= num_tokens <= MAX_TOKENS:
             return self._apply_few(x)
         if self._row_scales is None or num_tokens == 0:
             return F.linear(x, self.dequantize(x.dtype), self._bias)
@@ -276,7 +278,7 @@ class TritonFp8:
         part = block_k
         while not self._by_output and self._column_block % part:
             part //= 2
-        _one_token_fp8[(triton.cdiv(out_features, 4),)](
+        _one_token_fp8[(triton.cdiv(out_features, 2),)](
             out,
             x,
             self._values,
@@ -286,7 +288,7 @@ class TritonFp8:
             K=in_features,
             ROW_BLOCK=self._row_block,
             COLUMN_BLOCK=self._column_block,
-            BLOCK_N=4,
+            BLOCK_N=2,
             BLOCK_K=block_k,
             PART=part,
             BIAS=self._bias is not None,
@@ -299,8 +301,9 @@ class TritonFp8:
     def _apply_few(self, x: Tensor) -> Tensor:
         out_features, in_features = self._values.shape
         out = torch.empty((x.shape[0], out_features), dtype=x.dtype, device=x.device)
-        tile = self.few
-        tiles, block_m = triton.cdiv(out_features, tile.block_n), max(16, power_of_two(x.shape[0]))
+        block_m = max(16, power_of_two(x.shape[0]))
+        tile = few_tokens_fp8_tiling(in_features, out_features, self._column_block, block_m)
+        tiles = triton.cdiv(out_features, tile.block_n)
         partial = out
         if tile.num_splits > 1:
             partial = torch.empty((tiles, tile.num_splits, tile.block_n, block_m), dtype=torch.float32, device=x.device)

@@ -55,27 +55,19 @@ def _one_token_fp8(
         gdc_wait()
     blocks: tl.constexpr = (K + COLUMN_BLOCK - 1) // COLUMN_BLOCK
     parts: tl.constexpr = BLOCK_K // PART
-    by_block: tl.constexpr = blocks > 1
-    total = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
     scaled = tl.zeros((BLOCK_N, parts), tl.float32)
     for start in range(0, K, BLOCK_K):
         x = tl.load(x_ptr + start + k, mask=start + k < K, other=0.0).to(tl.float32)
         ahead = start + BLOCK_K + k
         mask = inside & (ahead < K)[None, :]
         following = tl.load(pointers + start + BLOCK_K, mask=mask, other=0.0, eviction_policy="evict_first")
-        if by_block:
-            product = (weight.to(tl.float32) * x[None, :]).reshape(BLOCK_N, parts, PART)
-            column = (start + tl.arange(0, parts) * PART) // COLUMN_BLOCK
-            place = (n // ROW_BLOCK)[:, None] * blocks + column[None, :]
-            scale = tl.load(scale_ptr + place, mask=inside & (column < blocks)[None, :], other=0.0)
-            scaled += tl.sum(product, axis=2) * scale
-        else:
-            total += weight.to(tl.float32) * x[None, :]
+        product = (weight.to(tl.float32) * x[None, :]).reshape(BLOCK_N, parts, PART)
+        column = (start + tl.arange(0, parts) * PART) // COLUMN_BLOCK
+        place = (n // ROW_BLOCK)[:, None] * blocks + column[None, :]
+        scale = tl.load(scale_ptr + place, mask=inside & (column < blocks)[None, :], other=0.0)
+        scaled += tl.sum(product, axis=2) * scale
         weight = following
-    if by_block:
-        result = tl.sum(scaled, axis=1)
-    else:
-        result = tl.sum(total, axis=1) * tl.load(scale_ptr + n // ROW_BLOCK, mask=n < num_rows, other=0.0)
+    result = tl.sum(scaled, axis=1)
     if BIAS:
         result += tl.load(bias_ptr + n, mask=n < num_rows, other=0.0).to(tl.float32)
     tl.store(out_ptr + n, result.to(out_ptr.dtype.element_ty), mask=n < num_rows)
@@ -198,10 +190,10 @@ def few_tokens_fp8_tiling(in_features: int, out_features: int, column_block: int
     while column_block < in_features and column_block % block_k:
         block_k //= 2
     tiles = triton.cdiv(out_features, 64)
-    wanted = 384 if block_m <= 32 else 128
+    wanted = 512 if in_features > 8192 and block_m <= 32 else 128
     num_splits = 1
     while num_splits < 8 and (
-        in_features > 8192 * num_splits or (tiles * num_splits < wanted and in_features >= 1024 * num_splits)
+        in_features > 8192 * num_splits or (tiles * num_splits < wanted and in_features >= 1536 * num_splits)
     ):
         num_splits *= 2
     return FewTokensTiling(64, block_k, num_splits, num_warps=4, num_stages=5 if out_features >= 16384 else 7)
@@ -275,10 +267,10 @@ class TritonFp8:
         out_features, in_features = self._values.shape
         out = torch.empty((1, out_features), dtype=x.dtype, device=x.device)
         block_k = min(2048, power_of_two(in_features))
-        part = block_k
+        part = min(128, block_k)  # sums that are short-lived leave registers for loads
         while not self._by_output and self._column_block % part:
             part //= 2
-        _one_token_fp8[(triton.cdiv(out_features, 2),)](
+        _one_token_fp8[(triton.cdiv(out_features, 4),)](
             out,
             x,
             self._values,
@@ -288,7 +280,7 @@ class TritonFp8:
             K=in_features,
             ROW_BLOCK=self._row_block,
             COLUMN_BLOCK=self._column_block,
-            BLOCK_N=2,
+            BLOCK_N=4,
             BLOCK_K=block_k,
             PART=part,
             BIAS=self._bias is not None,

@@ -6,8 +6,8 @@ exponent bits of 128 (bfloat16) or 1024 (float16) set *is* a pair of adjacent we
 integers; subtracting zero points that carry the same offset is exact.
 
 One token multiplies and adds in float32 without tensor cores. 2 to 64 tokens use them with the weights on the left, so
-that these never pass through shared memory, and the scale on the sums; up to 128 scale the weights, and more are worth
-writing the weights out once for cuBLAS.
+that these never pass through shared memory, and the scale on the sums. For more the weights are written out once for
+cuBLAS.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ ROWS = 16
 BLOCK = 128
 """Inputs whose weights lie together; 16 words of 8."""
 
-MAX_TILED_TOKENS = 128
+MAX_TILED_TOKENS = 64
 """Beyond, writing the weights out for cuBLAS costs less than it gains."""
 
 
@@ -148,7 +148,6 @@ def _packed(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     NUM_SPLITS: tl.constexpr,
-    SCALE_WEIGHTS: tl.constexpr,
     SYMMETRIC: tl.constexpr,
     BIAS: tl.constexpr,
     STAGES: tl.constexpr,
@@ -184,22 +183,14 @@ def _packed(
             if not SYMMETRIC:
                 zero = (tl.load(zero_ptr + group * num_rows + rows).to(tl.float32) + offset).to(dtype)
             dots = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
-            if SCALE_WEIGHTS:
-                dots = total
             for r in tl.static_range(part * 4 // parts, (part + 1) * 4 // parts):
                 x = tl.load(inputs + block * 128 + r * 32, mask=there, other=0.0)
                 pair = ((word >> (4 * r)) & 0x000F000F) | exponent
                 low = pair.to(tl.int16).to(dtype, bitcast=True) - zero[:, None]
                 high = (pair >> 16).to(tl.int16).to(dtype, bitcast=True) - zero[:, None]
-                if SCALE_WEIGHTS:
-                    low = low * scale.to(dtype)[:, None]
-                    high = high * scale.to(dtype)[:, None]
                 weight = tl.join(low, high).reshape(BLOCK_N, 32)
                 dots = tl.dot(weight, x, dots)
-            if SCALE_WEIGHTS:
-                total = dots
-            else:
-                total += dots * scale.to(tl.float32)[:, None]
+            total += dots * scale.to(tl.float32)[:, None]
     if NUM_SPLITS > 1:  # as in octavo_kernels.linear
         within = tl.arange(0, BLOCK_N)[:, None] * BLOCK_M + tl.arange(0, BLOCK_M)[None, :]
         partial = partial_ptr + tile * (NUM_SPLITS * BLOCK_N * BLOCK_M) + within
@@ -261,7 +252,6 @@ class PackedTiling:
     num_splits: int
     num_warps: int
     num_stages: int
-    scale_weights: bool
 
 
 def one_token_splits(num_tiles: int, num_blocks: int) -> int:
@@ -273,20 +263,18 @@ def one_token_splits(num_tiles: int, num_blocks: int) -> int:
 
 
 def packed_tiling(in_features: int, out_features: int, num_tokens: int) -> PackedTiling:
-    """Scales on the sums for few tokens, where reading is the work, and on the weights for many. Measured on an H200:
-    narrow layers gain from every split up to 8."""
-    block_m = max(16, min(128, power_of_two(num_tokens)))
-    block_n = 64 if block_m == 16 or out_features < 16384 else 128
-    if block_m == 128:
-        block_n = 128
+    """Measured on an H200. Up to 16 tokens narrow layers gain from every split up to 8; with more, the partial sums
+    weigh against it."""
+    block_m = max(16, power_of_two(num_tokens))
+    few = block_m == 16
+    block_n = 64 if few or out_features < 16384 else 128
     tiles, blocks = triton.cdiv(out_features, block_n), triton.cdiv(in_features, BLOCK)
-    wanted = 512 if block_m <= 32 else 192
+    wanted, least = (512, 8) if few else (192, 16)
     num_splits = 1
-    while num_splits < 8 and tiles * num_splits < wanted and blocks >= 8 * num_splits:
+    while num_splits < 8 and tiles * num_splits < wanted and blocks >= least * num_splits:
         num_splits *= 2
-    if block_m == 128:
-        return PackedTiling(block_m, block_n, num_splits, num_warps=8, num_stages=4, scale_weights=True)
-    return PackedTiling(block_m, block_n, num_splits, 4, num_stages=4 if tiles >= 224 else 6, scale_weights=False)
+    num_stages = 4 if out_features >= 16384 and block_m != 32 else 6
+    return PackedTiling(block_m, block_n, num_splits, num_warps=4, num_stages=num_stages)
 
 
 def pack_words(values: Tensor) -> Tensor:
@@ -411,7 +399,6 @@ class TritonPacked:
             BLOCK_M=tile.block_m,
             BLOCK_N=tile.block_n,
             NUM_SPLITS=tile.num_splits,
-            SCALE_WEIGHTS=tile.scale_weights,
             SYMMETRIC=self._zeros is None,
             BIAS=self._bias is not None,
             STAGES=tile.num_stages,

@@ -86,36 +86,44 @@ def _sample(
 
     # the smallest kept weight; a token is kept when fewer than top_k, and less than top_p of the mass, lie above it
     threshold = tl.full((), 0, tl.int32)
+    num_kept = tl.full((), 0, tl.int32) + vocab_size
     if TOP_K:
         top_k = tl.load(top_k_ptr + row)
         if top_k < vocab_size:
-            low = tl.full((), -1, tl.int32)  # a pivot that too many are above, or none
+            low = tl.full((), -1, tl.int32)  # a pivot that at least top_k are above
             high = tl.full((), 0x3F800000, tl.int32)  # 1.0, which none is above
-            while high - low > 1:
+            num_high = tl.full((), 0, tl.int32)
+            while (high - low > 1) & (num_kept - num_high > 1):  # one weight between the two is the last to be kept
                 middle = low + (high - low) // 2
-                count, _ = _above(weights, middle, vocab_size, BLOCK)
+                count, above = _above(weights, middle, vocab_size, BLOCK)
                 if count < top_k:
                     high = middle
+                    num_high = count
                 else:
                     low = middle
-            threshold = high
+                    num_kept = count
+                    total = above
+            threshold = low + 1
             # top_p is of the k most likely: of equals at the threshold only so many as fill up to k
-            count, above = _above(weights, threshold, vocab_size, BLOCK)
-            total = above + (top_k - count).to(tl.float32) * threshold.to(tl.float32, bitcast=True)
+            excess = (num_kept - top_k).to(tl.float32)
+            total -= excess * threshold.to(tl.float32, bitcast=True)
     if TOP_P:
         top_p = tl.load(top_p_ptr + row)
         if top_p < 1.0:
             mass = top_p * total
             low = threshold - 1
             high = tl.full((), 0x3F800000, tl.int32)
-            while high - low > 1:
+            num_high = tl.full((), 0, tl.int32)
+            while (high - low > 1) & (num_kept - num_high > 1):
                 middle = low + (high - low) // 2
-                _, above = _above(weights, middle, vocab_size, BLOCK)
+                count, above = _above(weights, middle, vocab_size, BLOCK)
                 if above < mass:
                     high = middle
+                    num_high = count
                 else:
                     low = middle
-            threshold = high
+                    num_kept = count
+            threshold = low + 1
     smallest = threshold.to(tl.float32, bitcast=True)
 
     sums = tl.zeros((BLOCK,), tl.float32)

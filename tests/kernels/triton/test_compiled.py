@@ -63,7 +63,7 @@ def packed(num_tokens):
     tile = packed_linear.packed_tiling(4096, 28672, num_tokens)
     return compile(packed_linear._packed, tile.num_warps, dict(
         K=4096, GROUP=128, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, NUM_SPLITS=tile.num_splits,
-        SCALE_WEIGHTS=tile.scale_weights, SYMMETRIC=False, BIAS=False, STAGES=tile.num_stages, PDL=True),
+        SYMMETRIC=False, BIAS=False, STAGES=tile.num_stages, PDL=True),
         weight_ptr="*i32", scale_ptr="*fp16")
 
 few = linear.few_tokens_tiling(4096, 6144)
@@ -89,8 +89,8 @@ print(json.dumps({
         K=4096, GROUP=128, BLOCKS=8, NUM_SPLITS=4, SYMMETRIC=False, BIAS=False, PDL=True),
         x_ptr="*i32", weight_ptr="*i32", scale_ptr="*fp16"),
     "packed_few": packed(16),
-    "packed_many": packed(128),
-    "fp8_one": compile(fp8_linear._one_token_fp8, 4, dict(FP8, BLOCK_N=2, BLOCK_K=2048, PART=2048),
+    "packed_many": packed(64),
+    "fp8_one": compile(fp8_linear._one_token_fp8, 4, dict(FP8, BLOCK_N=4, BLOCK_K=2048, PART=128),
         weight_ptr="*fp8e4nv", scale_ptr="*fp32"),
     "fp8_few": compile(fp8_linear._few_tokens_fp8, fp8.num_warps, dict(
         FP8, BLOCK_M=16, BLOCK_N=fp8.block_n, BLOCK_K=fp8.block_k, NUM_SPLITS=fp8.num_splits, STAGES=fp8.num_stages),

@@ -36,7 +36,7 @@ def choose_model(config: Mapping[str, Any], providers: Mapping[str, Provider]) -
     raise ConfigError(
         f"no selected plugin provides the architecture {wanted}{hint}; known: {_known(providers)}. "
         f"A plugin adds one: a module under an entry point in the group '{ENTRY_POINT_GROUP}' that implements the hook "
-        f"octavo_models; see docs/plugins.md"
+        f"octavo_models; see docs/plugins/models.md"
     )
 
 

@@ -19,7 +19,7 @@ class BlockManager:
     def __init__(self, num_blocks: int, block_size: int, prefix_cache: PrefixCache | None = None) -> None:
         self.num_blocks = num_blocks
         self.block_size = block_size
-        self.prefix_cache = prefix_cache or NoPrefixCache()
+        self.prefix_cache = NoPrefixCache() if prefix_cache is None else prefix_cache
         self._free: OrderedDict[int, None] = OrderedDict.fromkeys(range(num_blocks))
         self._references = [0] * num_blocks
 

@@ -128,6 +128,11 @@ class Frontend:
         if request_id in self._open:
             self.client.abort(request_id)
 
+    def abort_all(self) -> None:
+        """Stop every request that is open."""
+        for request_id in list(self._open):
+            self.client.abort(request_id)
+
     def checked(self, prompt: Sequence[int], params: SamplingParams) -> SamplingParams:
         """The parameters with ``max_tokens`` settled.
 

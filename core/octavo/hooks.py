@@ -179,23 +179,27 @@ class Hooks:
 
     @hookspec
     def octavo_prefix_caches(self) -> Sequence[Provider]:
-        """Classes of :class:`octavo.interfaces.PrefixCache`, made with ``(block_size)``. Engine start."""
+        """Classes of :class:`octavo.prefix.PrefixCache`, made with ``(block_size)``. Engine start, in the
+        engine's process."""
         raise NotImplementedError
 
     @hookspec
     def octavo_scheduling_policies(self) -> Sequence[Provider]:
-        """Classes of :class:`octavo.interfaces.SchedulingPolicy`, made without arguments. Engine start."""
+        """Classes of :class:`octavo.policies.SchedulingPolicy`, made without arguments. Engine start,
+        in the engine's process."""
         raise NotImplementedError
 
     @hookspec
     def octavo_drafters(self) -> Sequence[Provider]:
-        """Speculation: classes of :class:`octavo.interfaces.Drafter`, chosen by name. Engine start."""
+        """Speculation: classes of :class:`octavo.interfaces.Drafter`, made with ``(config, context)``; the name is
+        what ``--speculative-method`` chooses. Engine start, in the engine's process."""
         raise NotImplementedError
 
     @hookspec
     def octavo_logits_processors(self) -> Sequence[Provider]:
         """Classes of :class:`octavo.interfaces.LogitsProcessor`, made with ``(vocab_size, device)``; all that are
-        provided run, in order of priority, on the rows that want them. Engine start."""
+        provided run, in order of priority, on the rows that want them. Engine start, in the engine's
+        process."""
         raise NotImplementedError
 
     # --- server and command line -------------------------------------------------------------------------------------
@@ -208,7 +212,7 @@ class Hooks:
     @hookspec
     def octavo_commands(self) -> Mapping[str, Any]:
         """Sub-commands of ``octavo``: name to a function that takes the sub-parser, adds its arguments and sets
-        ``run`` as its default. Called before the command line is parsed."""
+        ``run`` as its default. Called before the command line is parsed, once, in the process that parses it."""
         raise NotImplementedError
 
     @hookspec

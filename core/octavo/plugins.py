@@ -6,18 +6,20 @@ that the user started, into a manifest that every other process must reproduce.
 
 from __future__ import annotations
 
+import difflib
+import importlib
 import importlib.metadata
 import logging
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from types import ModuleType
-from typing import Any
+from types import FunctionType, MappingProxyType, ModuleType
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import msgspec
 import pluggy
 
-from octavo.errors import PluginError
+from octavo.errors import ConfigError, PluginError
 from octavo.hooks import (
     API_VERSION,
     CAPABILITIES,
@@ -29,10 +31,20 @@ from octavo.hooks import (
     Provider,
 )
 
+if TYPE_CHECKING:
+    from octavo.config import EngineConfig
+
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+P = TypeVar("P", bound=Provider)
 
 DEFAULT_PLUGINS = ("models", "cpu", "triton", "prefix-cache", "quantize")
 """Selected unless ``--plugins no:NAME`` leaves one out; one that is not installed is simply not there."""
+
+
+CALLED_WITH_ARGUMENTS = frozenset({"octavo_check_config", "octavo_request_finished", "octavo_step_finished"})
+"""Hooks that are told something; all others are asked for something."""
 
 
 class PluginRecord(msgspec.Struct, frozen=True, order=True):
@@ -168,10 +180,9 @@ class PluginHost:
         for record in manifest:
             module = self._import(record)
             self.infos[record.name] = self._validate(record, module)
-            self._manager.register(module, name=record.name)
-        self._check_hooks()
+            self._register(record, module)
         self._check_combinations()
-        self._cache: dict[str, dict[str, Provider]] = {}
+        self._cache: dict[str, Mapping[str, Any]] = {}
 
     @classmethod
     def reproduce(cls, manifest: Manifest, *, prefer: Mapping[str, str] | None = None) -> PluginHost:
@@ -193,81 +204,80 @@ class PluginHost:
 
     # --- what plugins provide ---------------------------------------------------------------------------------------
 
-    def models(self) -> dict[str, Provider]:
+    def models(self) -> Mapping[str, Provider]:
         """Architecture name to model class."""
-        return self._providers("octavo_models")
+        return self._providers("octavo_models", Provider, _name)
 
-    def weight_formats(self) -> dict[str, Provider]:
+    def weight_formats(self) -> Mapping[str, Provider]:
         """Format name to class."""
-        return self._providers("octavo_weight_formats")
+        return self._providers("octavo_weight_formats", Provider, _name)
 
-    def quantizations(self) -> dict[str, Provider]:
+    def quantizations(self) -> Mapping[str, Provider]:
         """``quant_method`` to class."""
-        return self._providers("octavo_quantizations")
+        return self._providers("octavo_quantizations", Provider, _name)
 
-    def attention_backends(self) -> dict[str, Provider]:
+    def attention_backends(self) -> Mapping[str, Provider]:
         """Backend name to class."""
-        return self._providers("octavo_attention_backends")
+        return self._providers("octavo_attention_backends", Provider, _name)
 
-    def prefix_caches(self) -> dict[str, Provider]:
+    def prefix_caches(self) -> Mapping[str, Provider]:
         """Name to class."""
-        return self._providers("octavo_prefix_caches")
+        return self._providers("octavo_prefix_caches", Provider, _name)
 
-    def scheduling_policies(self) -> dict[str, Provider]:
+    def scheduling_policies(self) -> Mapping[str, Provider]:
         """Name to class."""
-        return self._providers("octavo_scheduling_policies")
+        return self._providers("octavo_scheduling_policies", Provider, _name)
 
-    def drafters(self) -> dict[str, Provider]:
+    def drafters(self) -> Mapping[str, Provider]:
         """Method name to class."""
-        return self._providers("octavo_drafters")
+        return self._providers("octavo_drafters", Provider, _name)
 
-    def logits_processors(self) -> dict[str, Provider]:
+    def logits_processors(self) -> Mapping[str, Provider]:
         """Name to class."""
-        return self._providers("octavo_logits_processors")
+        return self._providers("octavo_logits_processors", Provider, _name)
 
-    def kernels(self) -> dict[str, KernelProvider]:
+    def kernels(self) -> Mapping[str, KernelProvider]:
         """``"operation/name"`` to implementation."""
-        found = self._providers("octavo_kernels", key=lambda provider: f"{provider.operation}/{provider.name}")
-        return {name: provider for name, provider in found.items() if isinstance(provider, KernelProvider)}
+        return self._providers("octavo_kernels", KernelProvider, lambda kernel: f"{kernel.operation}/{kernel.name}")
 
     def items(self, hook: str) -> list[tuple[str, Any]]:
         """``(plugin name, item)`` of a hook that returns sequences (options, routes, metrics)."""
-        return [(name, item) for name, result in self._call(hook) for item in result]
+        return [(name, item) for name, result in self._call(hook, Sequence) for item in result]
 
     def mappings(self, hook: str) -> dict[str, Any]:
         """The merged result of a hook that returns mappings (commands); a key claimed twice is an error."""
-        merged: dict[str, Any] = {}
-        owners: dict[str, str] = {}
-        for plugin, result in self._call(hook):
-            for name, value in result.items():
-                if name in owners:
-                    raise self._claimed_twice(hook, name, owners[name], plugin)
-                owners[name] = plugin
-                merged[name] = value
-        return merged
+        return self._decide(
+            hook, ((p, key, value) for p, result in self._call(hook, Mapping) for key, value in result.items())
+        )
 
-    def check_config(self, config: Any) -> None:
-        """Let every plugin refuse the resolved configuration."""
-        self._manager.hook.octavo_check_config(config=config)
+    def check_config(self, config: EngineConfig) -> None:
+        """Let every plugin refuse the resolved configuration.
+
+        Raises:
+            ConfigError: a plugin's own.
+            PluginError: a plugin failed in another way; names it.
+        """
+        for plugin, function in self._implementations("octavo_check_config"):
+            try:
+                function(config)
+            except ConfigError:
+                raise
+            except Exception as error:
+                raise self._failed(plugin, "octavo_check_config", error) from error
 
     def observers(self, hook: str) -> Callable[..., None] | None:
         """A function that tells every observer, or None when nobody listens."""
-        implementations = [
-            (implementation.plugin_name, implementation.function)
-            for implementation in reversed(getattr(self._manager.hook, hook).get_hookimpls())
-        ]
-        if not implementations:
-            return None
-        return _Observers(hook, implementations, self.seconds)
+        implementations = self._implementations(hook)
+        return _Observers(hook, implementations, self.seconds) if implementations else None
 
     def provided_by(self, plugin: str) -> dict[str, list[str]]:
         """Hook to the names that one plugin provides through it; for people."""
-        provided: dict[str, list[str]] = {}
-        for hook in self._hook_names():
-            for name, result in self._call(hook, only=plugin) if _is_provider(hook) else ():
-                if name == plugin:
-                    provided[hook] = [_label(item) for item in result]
-        return provided
+        return {
+            hook: [item if isinstance(item, str) else _label(item) for item in result]
+            for hook in sorted(self._hook_names() - CALLED_WITH_ARGUMENTS)
+            for name, result in self._call(hook, (Sequence, Mapping))
+            if name == plugin
+        }
 
     # --- validation -------------------------------------------------------------------------------------------------
 
@@ -288,25 +298,28 @@ class PluginHost:
             )
         return info
 
-    def _check_hooks(self) -> None:
+    def _register(self, record: PluginRecord, module: ModuleType) -> None:
+        """Every function called like a hook must be one, marked as one, with arguments that the hook has."""
         known = self._hook_names()
-        for record in self.manifest:
-            module = self._manager.get_plugin(record.name)
-            unknown = [
-                name
-                for name in vars(module)
-                if name.startswith(f"{PROJECT}_")
-                and self._manager.parse_hookimpl_opts(module, name) is not None
-                and name not in known
-            ]
-            if unknown:
-                raise self._broken(
-                    record.name, f"implements unknown hooks {', '.join(unknown)}; known: {', '.join(sorted(known))}"
-                )
+        functions = {
+            name: function
+            for name, function in vars(module).items()
+            if name.startswith(f"{PROJECT}_") and isinstance(function, FunctionType)
+        }
+        for name in functions:
+            options = self._manager.parse_hookimpl_opts(module, name)
+            if name not in known and options is not None:
+                near = difflib.get_close_matches(name, known, n=1, cutoff=0.8)
+                hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(sorted(known))}"
+                raise self._broken(record.name, f"implements an unknown hook {name}; {hint}")
+            if name in known and options is None:
+                raise self._broken(record.name, f"defines {name} without @hookimpl, so it would never be called")
+            if options is not None and (options["wrapper"] or options["hookwrapper"]):
+                raise self._broken(record.name, f"wraps {name}; hooks can be implemented, not wrapped")
         try:
-            self._manager.check_pending()
+            self._manager.register(module, name=record.name)
         except pluggy.PluginValidationError as error:
-            raise PluginError(str(error)) from error
+            raise self._broken(record.name, f"does not fit its hook: {' '.join(str(error).split())}") from error
 
     def _check_combinations(self) -> None:
         names = {record.name for record in self.manifest}
@@ -343,54 +356,71 @@ class PluginHost:
     def _hook_names(self) -> set[str]:
         return {name for name in vars(Hooks) if name.startswith(f"{PROJECT}_")}
 
-    def _call(self, hook: str, only: str | None = None) -> list[tuple[str, Any]]:
-        """``(plugin name, result)`` in the order of selection."""
+    def _implementations(self, hook: str) -> list[tuple[str, Callable[..., Any]]]:
+        """``(plugin name, function)`` in the order of selection; each takes all of the hook's arguments."""
+        found = {impl.plugin_name: impl for impl in getattr(self._manager.hook, hook).get_hookimpls()}
+        return [
+            (record.name, _taking_all(found[record.name].function, len(found[record.name].argnames)))
+            for record in self.manifest
+            if record.name in found
+        ]
+
+    def _call(self, hook: str, kind: type | tuple[type, ...]) -> list[tuple[str, Any]]:
+        """``(plugin name, result)`` in the order of selection; each result is of ``kind``."""
         results = []
-        for implementation in reversed(getattr(self._manager.hook, hook).get_hookimpls()):
-            if only is not None and implementation.plugin_name != only:
-                continue
+        for plugin, function in self._implementations(hook):
             started = time.perf_counter()
             try:
-                result = implementation.function()
+                result = function()
             except Exception as error:
-                raise self._broken(
-                    implementation.plugin_name, f"failed in {hook}: {type(error).__name__}: {error}"
-                ) from error
-            self.seconds[implementation.plugin_name, hook] = time.perf_counter() - started
-            results.append((implementation.plugin_name, result))
-        order = {record.name: position for position, record in enumerate(self.manifest)}
-        return sorted(results, key=lambda pair: order[pair[0]])
+                raise self._failed(plugin, hook, error) from error
+            self.seconds[plugin, hook] = time.perf_counter() - started
+            if not isinstance(result, kind) or isinstance(result, str):
+                kinds = " or ".join(k.__name__.lower() for k in (kind if isinstance(kind, tuple) else (kind,)))
+                raise self._broken(plugin, f"returns a {type(result).__name__} from {hook}, which must be a {kinds}")
+            results.append((plugin, result))
+        return results
 
-    def _providers(self, hook: str, key: Callable[[Any], str] = lambda provider: provider.name) -> dict[str, Provider]:
-        if hook in self._cache:
-            return self._cache[hook]
-        found: dict[str, Provider] = {}
-        owners: dict[str, str] = {}
-        for plugin, result in self._call(hook):
-            for provider in result:
-                if not isinstance(provider, Provider):
-                    raise self._broken(plugin, f"{hook} must return Provider records, not {type(provider).__name__}")
-                name = key(provider)
-                if found.get(name) == provider:
-                    continue  # plugins that share an implementation all name it
-                if name in owners:
-                    preferred = self._prefer.get(name)
-                    here, there = self._distribution[plugin], self._distribution[owners[name]]
-                    if preferred not in (here, there):
-                        raise self._claimed_twice(hook, name, owners[name], plugin)
-                    if preferred == there:
-                        continue
-                owners[name] = plugin
-                found[name] = provider
-        self._cache[hook] = found
-        return found
+    def _providers(self, hook: str, kind: type[P], key: Callable[[P], str]) -> Mapping[str, P]:
+        if hook not in self._cache:
+            claims: list[tuple[str, str, P]] = []
+            for plugin, result in self._call(hook, Sequence):
+                for provider in result:
+                    if not isinstance(provider, kind):
+                        raise self._broken(
+                            plugin, f"must return {kind.__name__} records from {hook}, not {type(provider).__name__}"
+                        )
+                    claims.append((plugin, key(provider), provider))
+            self._cache[hook] = MappingProxyType(self._decide(hook, claims))
+        return self._cache[hook]
 
-    def _claimed_twice(self, hook: str, name: str, first: str, second: str) -> PluginError:
-        one, two = self._distribution[first], self._distribution[second]
-        return PluginError(
-            f"'{name}' ({hook}) is provided by plugin '{first}' of {one} and by plugin '{second}' of {two}; "
-            f"choose with --prefer {name}={one}"
-        )
+    def _decide(self, hook: str, claims: Iterable[tuple[str, str, T]]) -> dict[str, T]:
+        """Name to value, from ``(plugin, name, value)``: what two distributions claim goes to the preferred one."""
+        claimants: dict[str, dict[str, T]] = {}
+        for plugin, name, value in claims:
+            values = claimants.setdefault(name, {})
+            if plugin in values:
+                raise self._broken(plugin, f"provides '{name}' twice in {hook}")
+            values[plugin] = value
+        return {name: self._preferred(hook, name, values) for name, values in claimants.items()}
+
+    def _preferred(self, hook: str, name: str, values: Mapping[str, T]) -> T:
+        first, *others = values.values()
+        if all(value == first for value in others):  # plugins that share an implementation all name it
+            return first
+        chosen = [value for plugin, value in values.items() if self._distribution[plugin] == self._prefer.get(name)]
+        if chosen and all(value == chosen[0] for value in chosen):
+            return chosen[0]
+        claimants = " and by ".join(f"plugin '{plugin}' of {self._distribution[plugin]}" for plugin in values)
+        distributions = {self._distribution[plugin] for plugin in values}
+        if len(distributions) < len(values):
+            remedy = f"leave one out with --plugins no:{list(values)[-1]}"
+        else:
+            remedy = f"choose with --prefer {name}={self._distribution[next(iter(values))]}"
+        raise PluginError(f"'{name}' ({hook}) is provided by {claimants}; {remedy}")
+
+    def _failed(self, plugin: str, hook: str, error: Exception) -> PluginError:
+        return self._broken(plugin, f"failed in {hook}: {type(error).__name__}: {error}")
 
     def _broken(self, name: str, what: str) -> PluginError:
         record = next(record for record in self.manifest if record.name == name)
@@ -425,8 +455,13 @@ class _Observers:
             self._seconds[name, self._hook] = self._seconds.get((name, self._hook), 0.0) + spent
 
 
-def _is_provider(hook: str) -> bool:
-    return hook not in ("octavo_check_config", "octavo_request_finished", "octavo_step_finished", "octavo_commands")
+def _taking_all(function: Callable[..., Any], num_arguments: int) -> Callable[..., Any]:
+    """``function`` without its further arguments: an implementation may take fewer than its hook offers."""
+    return lambda *arguments: function(*arguments[:num_arguments])  # no hook offers more than one
+
+
+def _name(provider: Provider) -> str:
+    return provider.name
 
 
 def _label(item: Any) -> str:

@@ -40,7 +40,7 @@ def test_an_unknown_architecture_lists_the_known_ones_and_says_how_to_add_it() -
     assert "'OkaForCausalLM'" in message
     assert "the nearest is OakForCausalLM" in message
     assert "known: AshForCausalLM, ElmForCausalLM, OakForCausalLM, YewForCausalLM" in message
-    for part in ("octavo.plugins", "octavo_models", "docs/plugins.md"):
+    for part in ("octavo.plugins", "octavo_models", "docs/plugins/models.md"):
         assert part in message
 
 

@@ -1,0 +1,133 @@
+"""Write what benchmarks/results/ holds as tables into README.md, between its markers.
+
+    python benchmarks/report.py            # write
+    python benchmarks/report.py --check    # exit status 1 when it would change something
+
+Of each kind of measurement the newest file is shown, with the commit and the machine that it comes from.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+DOCUMENT = ROOT / "README.md"
+BEGIN, END = "<!-- measured: begin (make report) -->", "<!-- measured: end -->"
+
+Result = Mapping[str, Any]
+
+
+def cpu(result: Result) -> Iterator[str]:
+    """benchmarks/cpu.py: engine to column to speed; the best of each engine's dtypes, and Octavo's share of it."""
+    rows: dict[str, dict[str, float]] = {}
+    for name, speeds in result["results"].items():
+        engine = rows.setdefault(name.partition(" ")[0], {})
+        for column, speed in speeds.items():
+            engine[column] = max(speed, engine.get(column, 0.0))
+    columns = list(rows["octavo"])
+    yield f"**{result['model']}, {result['hardware']['cpu']}**, {result['unit']}, best dtype of each:"
+    yield ""
+    yield from table(
+        ["", *columns],
+        [
+            *([f"{engine}", *(f"{speeds[column]:.0f}" for column in columns)] for engine, speeds in rows.items()),
+            *(
+                [f"octavo / {engine}", *(f"{rows['octavo'][column] / speeds[column]:.1f}×" for column in columns)]
+                for engine, speeds in rows.items()
+                if engine != "octavo"
+            ),
+        ],
+    )
+
+
+def kernels(result: Result) -> Iterator[str]:
+    """benchmarks/kernels.py: whole decode steps beside the time that reading the bytes takes."""
+    yield f"**Kernels of a whole decode step, 8B Llama shapes in bf16, {result['hardware']}**:"
+    yield ""
+    yield from table(
+        ["rows × context", "measured, ms", "floor by bytes, ms", "share of the floor"],
+        [
+            [
+                row["size"].replace("x", "×"),
+                f"{row['time'] / 1000:.2f}",
+                f"{row['floor'] / 1000:.2f}",
+                f"{row['floor'] / row['time']:.0%}",
+            ]
+            for row in result["results"]
+            if row["kernel"] == "decode step"
+        ],
+    )
+
+
+KINDS: Mapping[str, Callable[[Result], Iterator[str]]] = {"cpu": cpu, "kernels": kernels}
+"""The first word of a file's name says which benchmark it comes from."""
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> Iterator[str]:
+    yield f"| {' | '.join(head)} |"
+    yield f"| --- |{' ---: |' * (len(head) - 1)}"
+    for row in rows:
+        yield f"| {' | '.join(row)} |"
+
+
+def newest(folder: Path) -> dict[str, tuple[Path, Result]]:
+    """Kind to the newest file of it, by the date inside."""
+    found: dict[str, tuple[Path, Result]] = {}
+    for file in sorted(folder.glob("*.json")):
+        kind = file.name.partition("-")[0]
+        result = json.loads(file.read_text(encoding="utf-8"))
+        if kind in KINDS and (kind not in found or found[kind][1]["date"] <= result["date"]):
+            found[kind] = file, result
+    return found
+
+
+def tables(folder: Path) -> str:
+    """Everything that stands between the markers."""
+    parts = []
+    for kind, (file, result) in sorted(newest(folder).items()):
+        versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
+        lines = [
+            *KINDS[kind](result),
+            "",
+            f"`{file.name}`: commit {result['commit']}, {result['date'][:10]}; {versions}.",
+        ]
+        parts.append("\n".join(lines))
+    return "\n\n".join(parts)
+
+
+def replaced(document: str, content: str) -> str:
+    """The document with ``content`` between its markers.
+
+    Raises:
+        ValueError: it does not have both markers, in order.
+    """
+    before, begin, rest = document.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not (begin and end):
+        raise ValueError(f"the document must have the lines {BEGIN} and {END}")
+    return f"{before}{begin}\n\n{content}\n\n{end}{after}"
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="write nothing; exit status 1 when not up to date")
+    arguments = parser.parse_args(words)
+    document = DOCUMENT.read_text(encoding="utf-8")
+    wanted = replaced(document, tables(RESULTS))
+    if wanted == document:
+        return 0
+    if arguments.check:
+        print(f"{DOCUMENT.name} does not show what {RESULTS.relative_to(ROOT)} holds: make report", file=sys.stderr)
+        return 1
+    DOCUMENT.write_text(wanted, encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

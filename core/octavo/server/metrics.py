@@ -1,0 +1,160 @@
+"""Prometheus metrics: vLLM's names and meanings under the prefix ``octavo:``, in a registry of the app's own."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Mapping
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client.core import CounterMetricFamily
+from prometheus_client.registry import Collector
+
+from octavo.messages import EngineInfo, StepStats
+from octavo.outputs import CompletionDelta, RequestSummary
+
+SECONDS = (0.001, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)
+TOKENS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10000, 20000, 50000, 100000)
+STEP_TOKENS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
+LABEL = ("model_name",)
+
+
+class Metrics:
+    """Everything that ``/metrics`` shows. Updated from the client's thread; prometheus_client locks each value."""
+
+    def __init__(self, model_name: str) -> None:
+        self.registry = CollectorRegistry()
+        self._name = model_name
+
+        def gauge(name: str, text: str) -> Gauge:
+            return Gauge(f"octavo:{name}", text, LABEL, registry=self.registry).labels(model_name)
+
+        def counter(name: str, text: str) -> Counter:
+            return Counter(f"octavo:{name}", text, LABEL, registry=self.registry).labels(model_name)
+
+        def histogram(name: str, text: str, buckets: Iterable[float] = SECONDS) -> Histogram:
+            made = Histogram(f"octavo:{name}", text, LABEL, registry=self.registry, buckets=tuple(buckets))
+            return made.labels(model_name)
+
+        self.num_running = gauge("num_requests_running", "Sequences that are computed.")
+        self.num_waiting = gauge("num_requests_waiting", "Sequences that wait to be computed.")
+        self.kv_usage = gauge("kv_cache_usage_perc", "Share of the KV cache in use; 1 is all of it.")
+        self.startup = Gauge(
+            "octavo:startup_seconds", "Where the time of the start-up went.", ("part",), registry=self.registry
+        )
+        self.num_preemptions = counter("num_preemptions", "Sequences that gave way.")
+        self.prompt_tokens = counter("prompt_tokens", "Prompt tokens computed.")
+        self.generation_tokens = counter("generation_tokens", "Tokens generated.")
+        self.prefix_queries = counter("prefix_cache_queries", "Prompt tokens looked up in the prefix cache.")
+        self.prefix_hits = counter("prefix_cache_hits", "Prompt tokens found there.")
+        self.num_drafts = counter("spec_decode_num_drafts", "Times that a sequence had drafts verified.")
+        self.draft_tokens = counter("spec_decode_num_draft_tokens", "Draft tokens verified.")
+        self.accepted_tokens = counter("spec_decode_num_accepted_tokens", "Draft tokens accepted.")
+        self.accepted_per_position = Counter(
+            "octavo:spec_decode_num_accepted_tokens_per_pos",
+            "Draft tokens accepted, by their place in the draft.",
+            (*LABEL, "position"),
+            registry=self.registry,
+        )
+        self.success = Counter(
+            "octavo:request_success",
+            "Requests that ended, by reason.",
+            (*LABEL, "finished_reason"),
+            registry=self.registry,
+        )
+        self.step_tokens = histogram("iteration_tokens_total", "Tokens computed in a step.", STEP_TOKENS)
+        self.first_token = histogram("time_to_first_token_seconds", "From arrival to the first token.")
+        self.inter_token = histogram("inter_token_latency_seconds", "Between one token and the next.")
+        self.end_to_end = histogram("e2e_request_latency_seconds", "From arrival to the end.")
+        self.queue_time = histogram("request_queue_time_seconds", "From arrival to the first step.")
+        self.prefill_time = histogram("request_prefill_time_seconds", "From the first step to the first token.")
+        self.decode_time = histogram("request_decode_time_seconds", "From the first token to the end.")
+        self.request_prompt = histogram("request_prompt_tokens", "Prompt tokens of a request.", TOKENS)
+        self.request_generation = histogram("request_generation_tokens", "Tokens generated for a request.", TOKENS)
+
+    def ready(self, info: EngineInfo) -> None:
+        """The engine is up."""
+        for part, seconds in info.startup_seconds.items():
+            self.startup.labels(part).set(seconds)
+
+    def step(self, stats: StepStats) -> None:
+        """After every step."""
+        self.num_running.set(stats.num_running)
+        self.num_waiting.set(stats.num_waiting)
+        self.kv_usage.set(1.0 - stats.num_free_blocks / stats.num_blocks if stats.num_blocks else 0.0)
+        self.num_preemptions.inc(stats.num_preemptions)
+        self.prompt_tokens.inc(stats.num_prompt_tokens)
+        self.generation_tokens.inc(stats.num_output_tokens)
+        self.prefix_queries.inc(stats.num_prefix_queries)
+        self.prefix_hits.inc(stats.num_prefix_hits)
+        self.num_drafts.inc(stats.num_drafts)
+        self.draft_tokens.inc(stats.num_draft_tokens)
+        self.accepted_tokens.inc(stats.num_accepted_tokens)
+        for position, accepted in enumerate(stats.accepted_per_position):
+            self.accepted_per_position.labels(self._name, position).inc(accepted)
+        if stats.num_prompt_tokens or stats.num_output_tokens:
+            self.step_tokens.observe(stats.num_prompt_tokens + stats.num_output_tokens)
+
+    def finished(self, summary: RequestSummary) -> None:
+        """Once per request."""
+        self.success.labels(self._name, str(summary.finish_reason)).inc()
+        self.request_prompt.observe(summary.num_prompt_tokens)
+        self.request_generation.observe(summary.num_output_tokens)
+        timing = summary.timing
+        if timing is None:
+            return
+        self.end_to_end.observe(timing.finished - timing.arrival)
+        if timing.scheduled:
+            self.queue_time.observe(timing.scheduled - timing.arrival)
+        if timing.first_token:
+            self.prefill_time.observe(timing.first_token - timing.scheduled)
+            self.decode_time.observe(timing.finished - timing.first_token)
+
+    def watch(self, arrival: float, sink: Callable[[CompletionDelta], None]) -> Callable[[CompletionDelta], None]:
+        """The sink, with the times between its tokens observed: one observation for every token after the first."""
+        last: dict[int, float] = {}
+
+        def watched(delta: CompletionDelta) -> None:
+            if delta.token_ids:
+                now = time.monotonic()
+                before = last.get(delta.index)
+                if before is None:
+                    if not last:
+                        self.first_token.observe(now - arrival)
+                    self._between(0.0, len(delta.token_ids) - 1)
+                else:
+                    count = len(delta.token_ids)
+                    self._between((now - before) / count, count)
+                last[delta.index] = now
+            sink(delta)
+
+        return watched
+
+    def _between(self, seconds: float, count: int) -> None:
+        for _ in range(count):
+            self.inter_token.observe(seconds)
+
+    def add(self, collectors: Iterable[Collector]) -> None:
+        """Collectors of plugins."""
+        for collector in collectors:
+            self.registry.register(collector)
+
+    def watch_hooks(self, seconds: Mapping[tuple[str, str], float]) -> None:
+        """Show the time that plugins' hooks have taken."""
+        self.registry.register(_HookSeconds(seconds))
+
+    def text(self) -> bytes:
+        """In Prometheus' text format."""
+        return generate_latest(self.registry)
+
+
+class _HookSeconds(Collector):
+    def __init__(self, seconds: Mapping[tuple[str, str], float]) -> None:
+        self._seconds = seconds
+
+    def collect(self) -> Iterable[CounterMetricFamily]:
+        family = CounterMetricFamily(
+            "octavo:plugin_hook_seconds", "Time spent in plugins' hooks.", labels=("plugin", "hook")
+        )
+        for (plugin, hook), seconds in list(self._seconds.items()):
+            family.add_metric((plugin, hook), seconds)
+        yield family

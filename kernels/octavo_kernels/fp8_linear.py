@@ -257,7 +257,8 @@ class TritonFp8:
         rows = self._scales.repeat_interleave(self._row_block, dim=0)[:out_features]
         if not self._by_output:
             rows = rows.repeat_interleave(self._column_block, dim=1)[:, :in_features]
-        return (self._values.to(dtype) * rows).to(dtype)
+        weight: Tensor = self._values.to(dtype) * rows
+        return weight.to(dtype)
 
     def num_bytes(self) -> int:
         tensors = (self._values, self._scales, self._row_scales, self._bias)

@@ -16,7 +16,7 @@ LoadFormat = Literal["auto", "dummy"]
 class SpeculativeConfig:
     """Which tokens are guessed ahead, and how many at most. ``method`` names a drafter that a plugin provides."""
 
-    method: str | None = None  # None: "draft-model" when a model is named, else off
+    method: str | None = None  # a drafter's name; None: "draft-model" when a model is named, else off
     model: str | None = None
     num_tokens: int = 4
     fixed: bool = False  # always draft num_tokens, without the controller
@@ -24,8 +24,13 @@ class SpeculativeConfig:
     dtype: DType = "auto"
 
     @property
+    def drafter(self) -> str | None:
+        """The name of the drafter; None: no speculation."""
+        return self.method or ("draft-model" if self.model is not None else None)
+
+    @property
     def enabled(self) -> bool:
-        return self.method is not None or self.model is not None
+        return self.drafter is not None
 
     def __post_init__(self) -> None:
         if not 1 <= self.num_tokens <= 32:

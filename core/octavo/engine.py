@@ -6,11 +6,10 @@ It knows tokens, not text, and talks to its client in the messages of :mod:`octa
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from octavo.errors import RequestError
-from octavo.interfaces import Drafter
 from octavo.messages import (
     Abort,
     EngineInfo,
@@ -25,6 +24,7 @@ from octavo.messages import (
 from octavo.request import FinishReason, Request
 from octavo.runner import LaunchedStep, Runner, StepResult
 from octavo.scheduler import Scheduler, SettledRow
+from octavo.speculation import Drafted, NoSpeculation
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +33,7 @@ class InFlight:
 
     launched: LaunchedStep
     started: float
+    drafted: Drafted
 
 
 class Engine:
@@ -48,7 +49,7 @@ class Engine:
         runner: Runner,
         info: EngineInfo,
         *,
-        drafter: Drafter | None = None,
+        speculation: NoSpeculation | None = None,
         overlap: bool = False,
         max_num_waiting: int = 8192,
     ) -> None:
@@ -56,8 +57,9 @@ class Engine:
         self.runner = runner
         self.info = info
         self.overlap = overlap
-        self._drafter = drafter
+        self._speculation = speculation or NoSpeculation()
         self._max_num_waiting = max_num_waiting
+        self._last_settled = 0.0
         self._ended: list[SequenceOutput] = []  # ended outside a step: aborted or refused
 
     # --- requests ----------------------------------------------------------------------------------------------------
@@ -124,12 +126,13 @@ class Engine:
     # --- the step ----------------------------------------------------------------------------------------------------
 
     def launch(self) -> InFlight | None:
-        """Schedule and start the next step; None if nobody can go on."""
+        """Schedule and start the next step; None if nobody can go on before the step in flight is settled."""
         started = time.perf_counter()
-        if self._drafter is not None:
-            self._draft(self._drafter)
+        drafted = self._speculation.draft()
+        if drafted is None:
+            return None
         plan = self.scheduler.schedule()
-        return InFlight(self.runner.launch(plan), started) if plan else None
+        return InFlight(self.runner.launch(plan), started, drafted) if plan else None
 
     def settle(self, step: InFlight | None) -> StepOutputs:
         """Take in a launched step's results; with None, only what ended outside a step."""
@@ -138,21 +141,25 @@ class Engine:
             return StepOutputs(sequences, self._stats(StepStats()))
         result = step.launched.wait()
         plan = step.launched.plan
-        settled = {id(item.row): item for item in self.scheduler.settle(plan, result.token_ids)}
+        items = self.scheduler.settle(plan, result.token_ids)
+        settled = {id(item.row): item for item in items}
         for index, row in enumerate(plan.rows):
             item = settled.get(id(row))
             if item is not None:
                 self._collect_prompt_logprobs(item, result.prompt_logprobs.get(index))
                 sequences.extend(self._report(item, result, index))
+        now = time.perf_counter()
         stats = StepStats(
             num_prompt_tokens=sum(max(0, min(row.end, row.request.num_prompt) - row.start) for row in plan.rows),
-            num_output_tokens=sum(len(item.token_ids) for item in settled.values()),
+            num_output_tokens=sum(len(item.token_ids) for item in items),
             num_preemptions=plan.num_preempted,
             num_prefix_queries=plan.num_prefix_queries,
             num_prefix_hits=plan.num_prefix_hits,
-            step_seconds=time.perf_counter() - step.started,
+            step_seconds=now - step.started,
         )
-        self._observe_drafts(settled.values(), stats)
+        # with steps in flight at the same time, each counts from the end of the one before
+        self._speculation.settled(step.drafted, plan, items, stats, now - max(step.started, self._last_settled))
+        self._last_settled = now
         return StepOutputs(sequences, self._stats(stats))
 
     def check(self) -> None:
@@ -163,8 +170,8 @@ class Engine:
 
     def _report(self, item: SettledRow, result: StepResult, index: int) -> Sequence[SequenceOutput]:
         request = item.row.request
-        if item.finish_reason is not None and self._drafter is not None:
-            self._drafter.release(request)
+        if item.finish_reason is not None:
+            self._speculation.release(request)
         if not item.token_ids:
             return ()
         logprobs = result.logprobs[index]
@@ -210,36 +217,6 @@ class Engine:
         stats.num_blocks = scheduler.blocks.num_blocks
         return stats
 
-    # --- speculation -------------------------------------------------------------------------------------------------
-
-    def _draft(self, drafter: Drafter) -> None:
-        """Let the drafter guess for every running request whose tokens are all on the host."""
-        ready = [r for r in self.scheduler.running.values() if r.num_pending == 0 and r.num_to_compute == 1]
-        if not ready:
-            return
-        # the verified token takes one place, so a draft for the last place could never count
-        limits = [min(drafter.num_tokens, r.max_total_tokens - len(r.tokens) - 1) for r in ready]
-        for request, drafts in zip(ready, drafter.draft(ready, limits), strict=True):
-            request.drafts = drafts
-
-    def _observe_drafts(self, settled: Iterable[SettledRow], stats: StepStats) -> None:
-        if self._drafter is None:
-            return
-        accepted_at: list[int] = [0] * self._drafter.num_tokens
-        for item in settled:
-            num_drafts = len(item.row.drafts)
-            if not num_drafts:
-                continue
-            num_accepted = max(0, len(item.token_ids) - 1)
-            stats.num_drafts += 1
-            stats.num_draft_tokens += num_drafts
-            stats.num_accepted_tokens += num_accepted
-            for position in range(num_accepted):
-                accepted_at[position] += 1
-            self._drafter.observe(item.row.request, num_drafts, num_accepted)
-        stats.accepted_per_position = accepted_at
-
     def _finish(self, request: Request, reason: FinishReason) -> None:
         self.scheduler.finish(request, reason)
-        if self._drafter is not None:
-            self._drafter.release(request)
+        self._speculation.release(request)

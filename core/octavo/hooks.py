@@ -191,8 +191,8 @@ class Hooks:
 
     @hookspec
     def octavo_drafters(self) -> Sequence[Provider]:
-        """Speculation: classes of :class:`octavo.interfaces.Drafter`, chosen by name. Engine start, in the
-        engine's process."""
+        """Speculation: classes of :class:`octavo.interfaces.Drafter`, made with ``(config, context)``; the name is
+        what ``--speculative-method`` chooses. Engine start, in the engine's process."""
         raise NotImplementedError
 
     @hookspec

@@ -19,9 +19,11 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from octavo.batch import ForwardBatch
+    from octavo.config import EngineConfig
     from octavo.layers.attention import Attention, ForwardContext
     from octavo.layers.builder import Builder
     from octavo.request import Request, SamplingParams
+    from octavo.runner import Runner
 
 # --- checkpoints -----------------------------------------------------------------------------------------------------
 
@@ -316,7 +318,7 @@ class SampleRow:
 
     request: Request
     num_known: int  # tokens before the one that is decided
-    drafts: Sequence[int] = ()  # the part of those tokens that are unverified drafts
+    drafts: Sequence[int] = ()  # the last of those tokens, as far as they are unverified drafts
 
     def history(self) -> list[int]:
         """All tokens before the decided one. Only for processors that declare ``needs_history``."""
@@ -338,19 +340,66 @@ class LogitsProcessor(Protocol):
         ...
 
 
-class Drafter(Protocol):
-    """Guesses the next tokens of running sequences. Made with ``(config, runner_context)``; see the hook."""
+class LoadedModel(Protocol):
+    """A model with its weights on the device, to be run beside the target."""
 
-    num_tokens: int  # the most that it ever drafts for one sequence
+    @property
+    def checkpoint(self) -> Checkpoint: ...
 
-    def draft(self, requests: Sequence[Request], limits: Sequence[int]) -> list[list[int]]:
-        """Up to ``limits[i]`` guesses for each request, whose host tokens are complete; may be fewer or none."""
+    @property
+    def vocab_size(self) -> int: ...
+
+    @property
+    def bytes_per_block(self) -> int:
+        """Of all its layers' caches together."""
         ...
 
-    def observe(self, request: Request, num_drafts: int, num_accepted: int) -> None:
-        """What became of a guess."""
+    def make_runner(self, num_blocks: int) -> Runner:
+        """What runs it: caches of ``num_blocks`` blocks, a slot for every running request, plain sampling."""
+        ...
+
+
+class DrafterContext(Protocol):
+    """What a drafter may know and use of the engine that it is made for."""
+
+    checkpoint: Checkpoint  # of the target, the model that verifies
+    vocab_size: int
+    block_size: int
+    max_model_len: int
+    max_num_batched_tokens: int
+
+    def load_model(self, model: str, *, dtype: str = "auto", quantization: str | None = None) -> LoadedModel:
+        """Another model, through the same plugins, kernels and backends as the target. A folder or a file.
+
+        Raises:
+            ConfigError: it cannot be served; says why and what to change.
+        """
+        ...
+
+
+class Drafter(Protocol):
+    """Guesses the next tokens of running sequences. How many are asked for is the core's matter, and so is verifying.
+
+    A guess is a token id below the target's vocabulary size; a wrong one costs time, never correctness.
+    """
+
+    bytes_per_block: int  # device memory that it needs for each block of the target's cache, beside its weights
+
+    def __init__(self, config: EngineConfig, context: DrafterContext) -> None:
+        """Load whatever has weights; raises ConfigError, saying what to change, if it cannot work so."""
+
+    def start(self, num_blocks: int) -> None:
+        """Take the memory: the target has this many blocks. Once, before the first draft."""
+        ...
+
+    def draft(self, requests: Sequence[Request], limits: Sequence[int]) -> list[list[int]]:
+        """Up to ``limits[i]`` guesses for what follows ``requests[i].tokens``; may be fewer or none.
+
+        All tokens of the requests are on the host, all requests hold a slot, and none of them changes here. Between
+        two calls a request may have grown by any number of tokens, and may have changed its slot.
+        """
         ...
 
     def release(self, request: Request) -> None:
-        """The request finished or was preempted: forget it."""
+        """The request is finished: forget it. May come for one that was never drafted for."""
         ...

@@ -19,7 +19,15 @@ from octavo.interfaces import AttentionBackend, AttentionSpec, LogitsProcessor, 
 from octavo.layers.attention import ForwardContext
 from octavo.messages import TokenLogprobs
 from octavo.request import Request
-from octavo.sampling import LogprobTensors, SamplingTable, TorchSample, apply_penalties, gather_logprobs
+from octavo.sampling import (
+    REJECTED,
+    LogprobTensors,
+    SamplingTable,
+    TorchSample,
+    accept,
+    apply_penalties,
+    gather_logprobs,
+)
 
 PROMPT_LOGPROB_ROWS = 256  # logits of this many prompt positions exist at once
 
@@ -69,7 +77,7 @@ class LaunchedStep:
     """A step that was launched: its results may still be on their way to the host."""
 
     plan: StepPlan
-    tokens: Tensor  # [num_sampled] int64, pinned on a GPU
+    tokens: Tensor  # [num_sampled] int64, REJECTED where a draft before it was wrong; pinned on a GPU
     sampled: Sequence[int]  # index into the plan's rows of each sampled token
     logprobs: LogprobTensors | None  # for the entries of sampled that are listed in logprob_entries
     logprob_entries: Sequence[int]
@@ -84,11 +92,14 @@ class LaunchedStep:
         token_ids: list[list[int]] = [[] for _ in rows]
         logprobs: list[list[TokenLogprobs] | None] = [None for _ in rows]
         for row, token in zip(self.sampled, self.tokens.tolist(), strict=True):
-            token_ids[row].append(token)
+            if token != REJECTED:
+                token_ids[row].append(token)
         if self.logprobs is not None:
             chosen = self.tokens[torch.as_tensor(self.logprob_entries)]
             counts = [rows[self.sampled[entry]].request.params.logprobs or 0 for entry in self.logprob_entries]
             for entry, item in zip(self.logprob_entries, _listed(chosen, self.logprobs, counts), strict=True):
+                if item.token_id == REJECTED:
+                    continue
                 row = self.sampled[entry]
                 found = logprobs[row]
                 logprobs[row] = [item] if found is None else [*found, item]
@@ -133,6 +144,13 @@ class Runner:
         self._owner: list[tuple[Request, int] | None] = [None] * max_num_seqs
         self._num_blocks_written = [0] * max_num_seqs
 
+    def correct(self, request: Request, start: int) -> None:
+        """The host knows the tokens from ``start`` on better than the device: the next step reads them so.
+
+        For who does not keep what the runner sampled; the request must hold its slot.
+        """
+        self._tokens.write(request.slot, start, request.tokens[start:])
+
     # --- the step ----------------------------------------------------------------------------------------------------
 
     @torch.inference_mode()
@@ -158,7 +176,10 @@ class Runner:
         # the next step reads the token where it would read one that came from the host
         slots = _to_device(rows.slots[rows.sampled], self.placement.device)
         ends = _to_device(rows.sampled_positions, self.placement.device)
+        drafts = self._tokens.tensor[slots, ends]
         self._tokens.tensor[slots, ends] = tokens
+        if rows.has_drafts:
+            tokens = accept(tokens, drafts, _to_device(rows.first_sampled, self.placement.device))
         if tokens.device.type != "cpu":
             tokens = tokens.to("cpu", non_blocking=True)
         return LaunchedStep(plan, tokens, rows.sampled.tolist(), logprobs, entries, prompt_logprobs, self._mark())
@@ -244,7 +265,7 @@ class Runner:
         sampled = [planned[row] for row in rows.sampled]
         for processor in self.processors:
             wanting = [
-                (i, SampleRow(row.request, int(rows.sampled_positions[i]), row.drafts))
+                (i, SampleRow(row.request, int(rows.sampled_positions[i]), row.drafts[: rows.num_drafts_before(i)]))
                 for i, row in enumerate(sampled)
                 if processor.wants(row.request.params)
             ]
@@ -304,6 +325,7 @@ class _RowArrays:
     token_slots: np.ndarray  # [num_tokens]
     positions: np.ndarray  # [num_tokens]
     sampled: np.ndarray  # [num_sampled]: the row of each token to be sampled
+    first_sampled: np.ndarray  # [num_sampled]: the index in ``sampled`` of the first token of the same row
     sampled_positions: np.ndarray  # [num_sampled]: where that token will stand
     logit_tokens: np.ndarray  # [num_sampled]: the token of this step whose hidden state decides it
 
@@ -321,7 +343,8 @@ class _RowArrays:
         positions = np.arange(query_start[-1]) - query_start[row_of_token] + starts[row_of_token]
         sampled = np.repeat(np.arange(len(planned)), num_sampled)
         first = np.cumsum(num_sampled) - num_sampled
-        offset = np.arange(len(sampled)) - first[sampled] - num_sampled[sampled]  # -num_sampled .. -1
+        first_sampled = first[sampled]
+        offset = np.arange(len(sampled)) - first_sampled - num_sampled[sampled]  # -num_sampled .. -1
         return cls(
             slots=slots,
             query_lens=query_lens,
@@ -330,9 +353,19 @@ class _RowArrays:
             token_slots=slots[row_of_token],
             positions=positions,
             sampled=sampled,
+            first_sampled=first_sampled,
             sampled_positions=ends[sampled] + offset + 1,
             logit_tokens=query_start[sampled + 1] + offset,
         )
+
+    @property
+    def has_drafts(self) -> bool:
+        """Whether any row is to sample more than one token."""
+        return bool((self.first_sampled != np.arange(len(self.sampled))).any())
+
+    def num_drafts_before(self, entry: int) -> int:
+        """How many drafts of its own row a sampled token follows."""
+        return entry - int(self.first_sampled[entry])
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -27,7 +27,7 @@ def uniform(seeds: np.ndarray, positions: np.ndarray, stream: int = 0) -> np.nda
     """One number in [0, 1) for each (seed, position): SplitMix64 (Steele et al. 2014) as a counter-based generator.
 
     seeds [num_rows] int64, positions [num_rows] int64 -> [num_rows] float64. ``stream`` separates draws that are made
-    for the same position (a draft's acceptance and the token that replaces it).
+    for the same position.
     """
     with np.errstate(over="ignore"):
         counter = positions.astype(np.uint64) * np.uint64(4) + np.uint64(stream)
@@ -205,6 +205,29 @@ def apply_penalties(
     repeated = torch.where(logits > 0, logits / factor, logits * factor)
     logits = torch.where(seen, repeated, logits)
     return logits - counts * frequency.unsqueeze(1) - (counts > 0) * presence.unsqueeze(1)
+
+
+# --- drafts ----------------------------------------------------------------------------------------------------------
+
+REJECTED = -1
+"""Stands for a sampled token that does not count, because a draft before it was wrong."""
+
+
+def accept(tokens: Tensor, drafts: Tensor, first: Tensor) -> Tensor:
+    """Of each row's sampled tokens those that count, :data:`REJECTED` for the others.
+
+    A row's entries are consecutive: entry i was sampled after drafts 0 to i - 1 of its row, ``drafts[i]`` is the guess
+    for it, and ``first[i]`` the index of the row's first entry; the row's last entry has no draft, and what stands
+    there is not read. All are [num_sampled] int64.
+
+    A draft is accepted if it is the token that was sampled in its place. So what counts is exactly what sampling one
+    token at a time would have brought, for greedy and random choices alike: each token is drawn from its own
+    distribution, given only tokens that count, with the uniform number of its position. For drafts that are single
+    guesses this accepts as often as rejection sampling (Leviathan et al. 2023) does: with the draft's probability.
+    """
+    missed = (tokens != drafts).long()
+    missed_before = missed.cumsum(0) - missed
+    return torch.where(missed_before == missed_before[first], tokens, REJECTED)
 
 
 # --- log-probabilities -----------------------------------------------------------------------------------------------

@@ -5,9 +5,10 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,11 +20,22 @@ from octavo.config import EngineConfig
 from octavo.engine import Engine
 from octavo.errors import ConfigError
 from octavo.hooks import KernelProvider, Provider
-from octavo.interfaces import AttentionNeed, Checkpoint, Placement
+from octavo.interfaces import (
+    AttentionBackend,
+    AttentionNeed,
+    AttentionSpec,
+    Checkpoint,
+    Drafter,
+    DrafterContext,
+    LogitsProcessor,
+    Model,
+    Placement,
+)
 from octavo.layers.activation import TorchSiluAndMul
 from octavo.layers.builder import Builder
 from octavo.layers.linear import TorchLinear
 from octavo.layers.norm import TorchRMSNorm
+from octavo.layers.rotary import rope_parameters
 from octavo.loader import (
     CheckpointLoader,
     DummyLoader,
@@ -42,6 +54,7 @@ from octavo.quantization import needed_plugins, resolve_quantization
 from octavo.runner import Runner
 from octavo.sampling import BUILTIN_SAMPLE, make_processors
 from octavo.scheduler import Scheduler
+from octavo.speculation import AdaptiveController, FixedController, Speculation
 from octavo.text import TextProcessor, collect_eos_token_ids
 
 logger = logging.getLogger(__name__)
@@ -78,19 +91,38 @@ def resolve(config: EngineConfig) -> Resolved:
     if path.is_file():
         # formats are activated by their suffix: model.gguf needs the plugin "gguf"
         needed[path.suffix.removeprefix(".")] = f"{path.name} is not a folder in Hugging Face's format"
-    if config.speculative.enabled:
-        needed["speculative"] = "speculation is configured"
+    draft_path = _draft_path(config)
+    if draft_path is not None and draft_path.is_file():
+        needed[draft_path.suffix.removeprefix(".")] = f"{draft_path.name} is not a folder in Hugging Face's format"
     host = PluginHost(select(selection, needed, prefer=config.prefer), prefer=config.prefer)
     checkpoint = open_checkpoint(path, [provider.resolve() for provider in host.weight_formats().values()])
     model_config = {**checkpoint.config(), **config.hf_overrides}
-    needed.update(needed_plugins(checkpoint, config.quantization, host.quantizations()))
-    manifest = select(selection, needed, prefer=config.prefer)
-    if manifest != host.manifest:
-        host = PluginHost(manifest, prefer=config.prefer)
-    resolved = replace(config, model=str(path), max_model_len=_max_model_len(config, model_config))
+    more = needed_plugins(checkpoint, config.quantization, host.quantizations())
+    if config.speculative.drafter is not None and config.speculative.drafter not in host.drafters():
+        more["speculative"] = f"speculation by {config.speculative.drafter} is configured"
+    if draft_path is not None:
+        draft = open_checkpoint(draft_path, [provider.resolve() for provider in host.weight_formats().values()])
+        more.update(needed_plugins(draft, config.speculative.quantization, host.quantizations()))
+    if more:
+        host = PluginHost(select(selection, {**needed, **more}, prefer=config.prefer), prefer=config.prefer)
+    if config.speculative.drafter is not None:
+        _named(host.drafters(), config.speculative.drafter, "drafter")
+    resolved = replace(
+        config,
+        model=str(path),
+        max_model_len=_max_model_len(config, model_config),
+        speculative=replace(config.speculative, model=str(draft_path) if draft_path else None),
+    )
     host.check_capabilities(_capabilities(resolved))
     host.check_config(resolved)
-    return _resolved(resolved, manifest, host, checkpoint)
+    return _resolved(resolved, host.manifest, host, checkpoint)
+
+
+def _draft_path(config: EngineConfig) -> Path | None:
+    model = config.speculative.model
+    if model is None:
+        return None
+    return resolve_model_path(model, weights=config.load_format != "dummy")
 
 
 def reproduce(config: EngineConfig, manifest: Manifest, host: PluginHost) -> Resolved:
@@ -125,9 +157,15 @@ def make_text(resolved: Resolved, *, chat_template: str | None = None) -> TextPr
 
 def _max_model_len(config: EngineConfig, model_config: Mapping[str, Any]) -> int:
     trained = model_config.get("max_position_embeddings")
-    if config.max_model_len is None:
+    wanted = config.max_model_len
+    if wanted is None:
         return int(trained or 2048)
-    return config.max_model_len
+    if trained is not None and wanted > trained and rope_parameters(model_config)["rope_type"] == "default":
+        raise ConfigError(
+            f"--max-model-len {wanted}: the model was made for {trained} tokens; use at most that, or stretch its "
+            f'positions with --hf-overrides \'{{"rope_scaling": {{"rope_type": "yarn", "factor": …}}}}\''
+        )
+    return wanted
 
 
 def _capabilities(config: EngineConfig) -> list[str]:
@@ -152,27 +190,131 @@ def build_engine(resolved: Resolved) -> Engine:
     clock = _Clock()
     device = choose_device(config.device)
     set_num_threads(config, device)
-    placement = Placement(device, choose_dtype(resolved.model_config, config.dtype, device), config.batch_invariant)
     operations = Operations(BUILTIN_KERNELS, host.kernels(), config.kernels)
     max_model_len = config.max_model_len
     assert max_model_len is not None  # resolve() filled it in
+    num_drafts = config.speculative.num_tokens if config.speculative.enabled else 0
+    max_num_batched_tokens = config.max_num_batched_tokens or (8192 if device.type == "cuda" else 2048)
+    max_num_batched_tokens = max(max_num_batched_tokens, config.max_num_seqs)
+    loader = _ModelLoader(config, host, device, operations)
 
     with clock.measure("weights"):
-        dummy = config.load_format == "dummy"
-        weights = NoWeights() if dummy else resolved.checkpoint.weights()
-        load = DummyLoader(placement, operations) if dummy else CheckpointLoader(weights, placement, operations)
-        quantization = resolve_quantization(resolved.checkpoint, config.quantization, host.quantizations(), weights)
-        if quantization is not None and config.batch_invariant:
-            raise ConfigError(
-                f"--batch-invariant does not cover quantized weights ({quantization.name}); leave one of them out"
-            )
-        build = Builder(load, max_model_len=max_model_len, quantization=quantization)
-        model = choose_model(resolved.model_config, host.models())(resolved.model_config, build)
-    weight_bytes = build.num_bytes()
-    logger.info("weights: %.2f GiB on %s, %s", weight_bytes / GIB, device, placement.dtype)
+        target = loader.load(resolved.checkpoint, resolved.model_config, config.dtype, config.quantization)
+        drafter = _drafter(config, host, _DrafterContext(loader, target, max_num_batched_tokens))
+    logger.info("weights: %.2f GiB on %s, %s", target.weight_bytes / GIB, device, target.placement.dtype)
     logger.info("kernels: %s", ", ".join(f"{op}: {'/'.join(sorted(k))}" for op, k in sorted(operations.log.items())))
 
     with clock.measure("memory"):
+        budget = plan_memory(
+            config,
+            device,
+            target.weight_bytes,
+            target.bytes_per_block + (drafter.bytes_per_block if drafter else 0),
+            activation_bytes(target.vocab_size, max_num_batched_tokens, config, num_drafts),
+        )
+        logger.info(budget.table())
+        processors = make_processors(list(host.logits_processors().values()), target.vocab_size, device)
+        runner = target.make_runner(budget.num_blocks, processors)
+
+    scheduler = Scheduler(
+        BlockManager(budget.num_blocks, config.block_size, _prefix_cache(config, host)),
+        max_num_seqs=config.max_num_seqs,
+        max_num_batched_tokens=max_num_batched_tokens,
+        max_num_partial_prefills=config.max_num_partial_prefills,
+        policy=_policy(config, host),
+    )
+    speculation = None
+    if drafter is not None:
+        drafter.start(budget.num_blocks)
+        _check_speculation(processors)
+        controller = FixedController(num_drafts) if config.speculative.fixed else AdaptiveController(num_drafts)
+        speculation = Speculation(drafter, controller, scheduler, num_drafts)
+    info = EngineInfo(
+        model=config.model,
+        architecture=str((resolved.model_config.get("architectures") or ["?"])[0]),
+        dtype=str(target.placement.dtype).removeprefix("torch."),
+        device=str(device),
+        vocab_size=target.vocab_size,
+        max_model_len=max_model_len,
+        num_blocks=budget.num_blocks,
+        block_size=config.block_size,
+        max_num_seqs=config.max_num_seqs,
+        max_num_batched_tokens=max_num_batched_tokens,
+        attention_backend=target.backend.name,
+        weight_bytes=target.weight_bytes,
+        startup_seconds=clock.seconds,
+    )
+    return Engine(
+        scheduler,
+        runner,
+        info,
+        speculation=speculation,
+        overlap=device.type == "cuda" if config.overlap is None else config.overlap,
+        max_num_waiting=config.max_num_waiting,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _LoadedModel:
+    """A model with its weights on the device, and all that its runner is made of."""
+
+    config: EngineConfig
+    checkpoint: Checkpoint
+    model: Model
+    backend: AttentionBackend
+    specs: Sequence[AttentionSpec]
+    placement: Placement
+    kv_dtype: torch.dtype
+    vocab_size: int
+    weight_bytes: int
+    bytes_per_block: int
+    sample: Any
+
+    def make_runner(self, num_blocks: int, processors: Sequence[LogitsProcessor] = ()) -> Runner:
+        assert self.config.max_model_len is not None
+        return Runner(
+            self.model,
+            self.backend,
+            self.specs,
+            self.placement,
+            num_blocks=num_blocks,
+            block_size=self.config.block_size,
+            kv_dtype=self.kv_dtype,
+            max_num_seqs=self.config.max_num_seqs,
+            max_model_len=self.config.max_model_len,
+            vocab_size=self.vocab_size,
+            processors=processors,
+            sample=self.sample,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class _ModelLoader:
+    """Loads models that run side by side: same plugins, kernels, device and sizes."""
+
+    config: EngineConfig
+    host: PluginHost
+    device: torch.device
+    operations: Operations
+
+    def load(
+        self, checkpoint: Checkpoint, model_config: Mapping[str, Any], dtype: str, quantization: str | None
+    ) -> _LoadedModel:
+        config, host, device = self.config, self.host, self.device
+        assert config.max_model_len is not None
+        placement = Placement(device, choose_dtype(model_config, dtype, device), config.batch_invariant)
+        dummy = config.load_format == "dummy"
+        weights = NoWeights() if dummy else checkpoint.weights()
+        load = (
+            DummyLoader(placement, self.operations) if dummy else CheckpointLoader(weights, placement, self.operations)
+        )
+        method = resolve_quantization(checkpoint, quantization, host.quantizations(), weights)
+        if method is not None and config.batch_invariant:
+            raise ConfigError(
+                f"--batch-invariant does not cover quantized weights ({method.name}); leave one of them out"
+            )
+        build = Builder(load, max_model_len=config.max_model_len, quantization=method)
+        model = choose_model(model_config, host.models())(model_config, build)
         first = build.attention_specs[0]
         kv_dtype = choose_kv_dtype(config.kv_cache_dtype, placement.dtype)
         need = AttentionNeed(
@@ -188,68 +330,41 @@ def build_engine(resolved: Resolved) -> Engine:
             batch_invariant=config.batch_invariant,
         )
         backend = choose_backend(host.attention_backends().values(), need, config.attention_backend)
-        vocab_size = int(resolved.model_config["vocab_size"])
-        max_num_batched_tokens = config.max_num_batched_tokens or (8192 if device.type == "cuda" else 2048)
-        max_num_batched_tokens = max(max_num_batched_tokens, config.max_num_seqs)
-
-        def make_runner(num_blocks: int) -> Runner:
-            return Runner(
-                model,
-                backend,
-                build.attention_specs,
-                placement,
-                num_blocks=num_blocks,
-                block_size=config.block_size,
-                kv_dtype=kv_dtype,
-                max_num_seqs=config.max_num_seqs,
-                max_model_len=max_model_len,
-                vocab_size=vocab_size,
-                processors=make_processors(list(host.logits_processors().values()), vocab_size, device),
-                sample=operations.choose("sample", SampleNeed(device, vocab_size))(SampleNeed(device, vocab_size)),
-            )
-
-        block_bytes = sum(
-            torch.Size(backend.kv_shape(spec, 1)).numel() * kv_dtype.itemsize for spec in build.attention_specs
+        vocab_size = int(model_config["vocab_size"])
+        sample_need = SampleNeed(device, vocab_size)
+        return _LoadedModel(
+            config=config,
+            checkpoint=checkpoint,
+            model=model,
+            backend=backend,
+            specs=build.attention_specs,
+            placement=placement,
+            kv_dtype=kv_dtype,
+            vocab_size=vocab_size,
+            weight_bytes=build.num_bytes(),
+            bytes_per_block=sum(
+                torch.Size(backend.kv_shape(spec, 1)).numel() * kv_dtype.itemsize for spec in build.attention_specs
+            ),
+            sample=self.operations.choose("sample", sample_need)(sample_need),
         )
-        budget = plan_memory(
-            config,
-            device,
-            weight_bytes,
-            block_bytes,
-            activation_bytes(vocab_size, max_num_batched_tokens, config),
-        )
-        logger.info(budget.table())
-        runner = make_runner(budget.num_blocks)
 
-    scheduler = Scheduler(
-        BlockManager(budget.num_blocks, config.block_size, _prefix_cache(config, host)),
-        max_num_seqs=config.max_num_seqs,
-        max_num_batched_tokens=max_num_batched_tokens,
-        max_num_partial_prefills=config.max_num_partial_prefills,
-        policy=_policy(config, host),
-    )
-    info = EngineInfo(
-        model=config.model,
-        architecture=str((resolved.model_config.get("architectures") or ["?"])[0]),
-        dtype=str(placement.dtype).removeprefix("torch."),
-        device=str(device),
-        vocab_size=vocab_size,
-        max_model_len=max_model_len,
-        num_blocks=budget.num_blocks,
-        block_size=config.block_size,
-        max_num_seqs=config.max_num_seqs,
-        max_num_batched_tokens=max_num_batched_tokens,
-        attention_backend=backend.name,
-        weight_bytes=weight_bytes,
-        startup_seconds=clock.seconds,
-    )
-    return Engine(
-        scheduler,
-        runner,
-        info,
-        overlap=device.type == "cuda" if config.overlap is None else config.overlap,
-        max_num_waiting=config.max_num_waiting,
-    )
+
+class _DrafterContext:
+    """See :class:`octavo.interfaces.DrafterContext`."""
+
+    def __init__(self, loader: _ModelLoader, target: _LoadedModel, max_num_batched_tokens: int) -> None:
+        assert loader.config.max_model_len is not None
+        self._loader = loader
+        self.checkpoint = target.checkpoint
+        self.vocab_size = target.vocab_size
+        self.block_size = loader.config.block_size
+        self.max_model_len = loader.config.max_model_len
+        self.max_num_batched_tokens = max_num_batched_tokens
+
+    def load_model(self, model: str, *, dtype: str = "auto", quantization: str | None = None) -> _LoadedModel:
+        formats = [provider.resolve() for provider in self._loader.host.weight_formats().values()]
+        checkpoint = open_checkpoint(resolve_model_path(model), formats)
+        return self._loader.load(checkpoint, checkpoint.config(), dtype, quantization)
 
 
 # --- the parts -------------------------------------------------------------------------------------------------------
@@ -290,9 +405,9 @@ def choose_kv_dtype(wanted: str, dtype: torch.dtype) -> torch.dtype:
     return known[wanted]
 
 
-def activation_bytes(vocab_size: int, max_num_batched_tokens: int, config: EngineConfig) -> int:
+def activation_bytes(vocab_size: int, max_num_batched_tokens: int, config: EngineConfig, num_drafts: int) -> int:
     """An estimate from above of what a full step needs beside weights and caches: logits dominate."""
-    logits = min(config.max_num_seqs, max_num_batched_tokens) * vocab_size * 4 * 4
+    logits = min(config.max_num_seqs * (num_drafts + 1), max_num_batched_tokens) * vocab_size * 4 * 4
     return logits + max_num_batched_tokens * 64 * 1024
 
 
@@ -342,6 +457,23 @@ def _prefix_cache(config: EngineConfig, host: PluginHost) -> Any:
 def _policy(config: EngineConfig, host: PluginHost) -> Any:
     providers = {**{provider.name: provider for provider in BUILTIN_POLICIES}, **host.scheduling_policies()}
     return _named(providers, config.scheduling_policy, "scheduling policy").resolve()()
+
+
+def _drafter(config: EngineConfig, host: PluginHost, context: DrafterContext) -> Drafter | None:
+    method = config.speculative.drafter
+    if method is None:
+        return None
+    made: Drafter = _named(host.drafters(), method, "drafter").resolve()(config, context)
+    return made
+
+
+def _check_speculation(processors: Sequence[LogitsProcessor]) -> None:
+    for processor in processors:
+        if not processor.works_with_speculation:
+            raise ConfigError(
+                f"the logits processor {type(processor).__name__} does not work with speculation; leave out "
+                f"speculation or the plugin that provides the processor"
+            )
 
 
 def _named(providers: Mapping[str, Provider], name: str, what: str) -> Provider:

@@ -1,0 +1,302 @@
+"""How many drafts to ask for: simulated costs, and the engine's side with a drafter that a test writes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import hypothesis.strategies as st
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from tests.core.test_scheduler import make_request, make_scheduler
+
+from octavo.batch import StepPlan
+from octavo.messages import StepStats
+from octavo.request import Request
+from octavo.scheduler import Scheduler
+from octavo.speculation import AdaptiveController, FixedController, Speculation
+
+MAX_TOKENS = 4
+
+
+class Machine:
+    """Simulated time: a step of b sequences with k drafts each takes ``base + slope * b * (k + 1)``, drafting takes
+    ``draft`` a token; each draft is right with the sequence's probability."""
+
+    def __init__(
+        self, acceptance: Sequence[float], base: float = 10.0, slope: float = 0.01, draft: float = 1.0
+    ) -> None:
+        self.acceptance = list(acceptance)
+        self.base, self.slope, self.draft = base, slope, draft
+        self.random = np.random.default_rng(0)
+        self.seconds = 0.0
+        self.num_tokens = 0
+        self.levels: list[int] = []
+        self.limits: list[Sequence[int]] = []
+
+    @property
+    def plain(self) -> float:
+        """Seconds of a step without drafts."""
+        return self.base + self.slope * len(self.acceptance)
+
+    def step(self, controller: AdaptiveController | FixedController) -> None:
+        size = len(self.acceptance)
+        limits = list(controller.choose(range(size)))
+        assert list(controller.choose(range(size))) == limits  # asking changes nothing
+        level, num_new = max(limits), size
+        for sequence, limit in enumerate(limits):
+            right = self.random.random(limit) < self.acceptance[sequence]
+            num_accepted = limit if right.all() else int(right.argmin())
+            num_new += num_accepted
+            if limit:
+                controller.observe(sequence, limit, num_accepted)
+        seconds = self.base + self.slope * (size + sum(limits)) + self.draft * level
+        controller.measure(size, sum(limits), seconds, num_new)
+        self.seconds += seconds
+        self.num_tokens += num_new
+        self.levels.append(level)
+        self.limits.append(limits)
+
+    def run(self, controller: AdaptiveController | FixedController, num_steps: int) -> float:
+        """Tokens per second, relative to what steps without drafts bring."""
+        seconds, num_tokens = self.seconds, self.num_tokens
+        for _ in range(num_steps):
+            self.step(controller)
+        return (self.num_tokens - num_tokens) / (self.seconds - seconds) * self.plain / len(self.acceptance)
+
+
+def test_good_drafts_that_cost_little_are_asked_for_in_full() -> None:
+    machine = Machine([0.95] * 4)
+    assert machine.run(AdaptiveController(MAX_TOKENS), 500) > 2.5
+    assert np.mean(np.array(machine.levels) == MAX_TOKENS) > 0.9
+
+
+def test_useless_drafts_cost_at_most_two_percent() -> None:
+    machine = Machine([0.0] * 4, draft=3.0)
+    assert machine.run(AdaptiveController(MAX_TOKENS), 2000) > 0.98
+    assert np.mean(np.array(machine.levels[100:]) == 0) > 0.9
+
+
+def test_good_drafts_that_cost_too_much_are_not_asked_for() -> None:
+    """A batch large enough that each token costs: verifying five takes five times as long."""
+    machine = Machine([0.6] * 128, base=1.0, slope=1.0, draft=1.0)
+    assert machine.run(AdaptiveController(MAX_TOKENS), 2000) > 0.98
+
+
+def test_the_number_follows_the_gain() -> None:
+    """At 0.6 and a draft that takes a third of a step, one draft brings more than four."""
+    machine = Machine([0.6] * 8, base=3.0, slope=0.0, draft=1.0)
+    adaptive = machine.run(AdaptiveController(MAX_TOKENS), 1000)
+    fixed = Machine([0.6] * 8, base=3.0, slope=0.0, draft=1.0).run(FixedController(MAX_TOKENS), 1000)
+    assert adaptive > 1.15 > 1.0 > fixed
+    assert set(machine.levels[200:]) <= {0, 1, 2}
+
+
+def test_drafts_that_become_good_are_found_out() -> None:
+    controller, machine = AdaptiveController(MAX_TOKENS), Machine([0.0] * 4)
+    machine.run(controller, 500)
+    machine.acceptance = [0.9] * 4
+    machine.run(controller, 2000)
+    assert machine.run(controller, 200) > 2.0
+
+
+def test_drafts_that_become_bad_are_given_up() -> None:
+    controller, machine = AdaptiveController(MAX_TOKENS), Machine([0.9] * 4, draft=3.0)
+    assert machine.run(controller, 500) > 1.3
+    machine.acceptance = [0.0] * 4
+    machine.run(controller, 50)
+    assert machine.run(controller, 1000) > 0.98
+
+
+def test_sequences_whose_drafts_are_right_get_more_than_others() -> None:
+    machine = Machine([0.95] * 4 + [0.05] * 4, base=4.0, slope=0.3, draft=0.1)
+    machine.run(AdaptiveController(MAX_TOKENS), 400)
+    limits = np.array([limits for limits in machine.limits[100:] if max(limits) == MAX_TOKENS])
+    assert limits[:, :4].mean() > 3.5
+    assert limits[:, 4:].mean() < 1.5
+
+
+def test_each_batch_size_has_its_own_measurements() -> None:
+    controller = AdaptiveController(MAX_TOKENS)
+    small, large = Machine([0.6] * 2), Machine([0.6] * 128, base=1.0, slope=1.0)
+    for _ in range(20):
+        small.run(controller, 50)
+        large.run(controller, 50)
+    assert small.run(controller, 50) > 1.3
+    assert large.run(controller, 200) > 0.97
+
+
+def test_nothing_is_asked_for_nobody() -> None:
+    assert list(AdaptiveController(MAX_TOKENS).choose([])) == []
+
+
+def test_a_fixed_number_stays() -> None:
+    machine = Machine([0.0] * 4)
+    machine.run(FixedController(3), 50)
+    assert set(machine.levels) == {3}
+
+
+def test_what_is_known_of_a_finished_sequence_is_forgotten() -> None:
+    controller = AdaptiveController(MAX_TOKENS)
+    machine = Machine([0.9] * 4)
+    machine.run(controller, 50)
+    for sequence in range(4):
+        controller.release(sequence)
+    assert not controller._rates
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    acceptance=st.lists(st.floats(0.0, 1.0), min_size=1, max_size=16),
+    base=st.floats(0.0, 20.0),
+    slope=st.floats(0.001, 2.0),
+    draft=st.floats(0.0, 10.0),
+    jumps=st.integers(0, 3),
+)
+def test_it_never_loses(acceptance: list[float], base: float, slope: float, draft: float, jumps: int) -> None:
+    """Whatever things cost and however acceptance changes: two percent, and a start-up of a few steps."""
+    controller, machine = AdaptiveController(MAX_TOKENS), Machine(acceptance, base, slope, draft)
+    for _ in range(jumps + 1):
+        machine.run(controller, 400)
+        machine.acceptance = [1.0 - value for value in machine.acceptance]
+    without = machine.num_tokens / len(acceptance) * machine.plain
+    allowed = 2.0 * AdaptiveController.MAX_DEBT * machine.plain + 4 * (draft * MAX_TOKENS + machine.plain * 5)
+    assert machine.seconds <= 1.02 * without + allowed
+
+
+# --- on the engine's side --------------------------------------------------------------------------------------------
+
+
+class Counting:
+    """Guesses 1, 2, 3 … and remembers what it was asked."""
+
+    bytes_per_block = 0
+
+    def __init__(self) -> None:
+        self.asked: list[dict[str, int]] = []
+        self.released: list[str] = []
+
+    def start(self, num_blocks: int) -> None:
+        pass
+
+    def draft(self, requests: Sequence[Request], limits: Sequence[int]) -> list[list[int]]:
+        self.asked.append({r.request_id: limit for r, limit in zip(requests, limits, strict=True)})
+        return [list(range(1, limit + 1)) for limit in limits]
+
+    def release(self, request: Request) -> None:
+        self.released.append(request.request_id)
+
+
+def speculate(scheduler: Scheduler, num_tokens: int = 3) -> tuple[Speculation, Counting]:
+    drafter = Counting()
+    return Speculation(drafter, FixedController(num_tokens), scheduler, num_tokens), drafter
+
+
+def prefill(scheduler: Scheduler) -> StepPlan:
+    plan = scheduler.schedule()
+    scheduler.settle(plan, [[9] if row.samples else [] for row in plan.rows])
+    return plan
+
+
+def test_prompts_get_no_drafts() -> None:
+    scheduler = make_scheduler()
+    speculation, drafter = speculate(scheduler)
+    scheduler.add(make_request("a", 6))
+    drafted = speculation.draft()
+    assert drafted is not None
+    assert not drafted.limits
+    assert not drafter.asked
+
+
+def test_running_requests_get_drafts_that_are_planned() -> None:
+    scheduler = make_scheduler()
+    speculation, _ = speculate(scheduler)
+    scheduler.add(make_request("a", 6, 10))
+    prefill(scheduler)
+    drafted = speculation.draft()
+    assert drafted is not None
+    assert set(drafted.limits.values()) == {3}
+    (row,) = scheduler.schedule().rows
+    assert list(row.drafts) == [1, 2, 3]
+
+
+def test_no_draft_is_made_for_a_place_beyond_the_limit() -> None:
+    scheduler = make_scheduler()
+    speculation, drafter = speculate(scheduler)
+    scheduler.add(make_request("a", 6, 3))
+    prefill(scheduler)
+    speculation.draft()
+    assert drafter.asked == [{"a": 1}]  # one of two tokens that are left: the other is the verified one
+
+
+def test_drafting_waits_for_the_step_in_flight() -> None:
+    scheduler = make_scheduler()
+    speculation, _ = speculate(scheduler)
+    scheduler.add(make_request("a", 6, 10))
+    plan = scheduler.schedule()
+    assert speculation.draft() is None
+    scheduler.settle(plan, [[9]])
+    assert speculation.draft() is not None
+
+
+def test_drafts_leave_room_for_everybody_in_the_step() -> None:
+    scheduler = make_scheduler(max_num_batched_tokens=8)
+    speculation, drafter = speculate(scheduler)
+    for name in "abcd":
+        scheduler.add(make_request(name, 2, 10))
+    prefill(scheduler)
+    speculation.draft()
+    assert len(drafter.asked[0]) == 4
+    assert set(drafter.asked[0].values()) == {1}
+    assert len(scheduler.schedule().rows) == 4
+
+
+def test_nobody_gives_way_to_drafts() -> None:
+    scheduler = make_scheduler(num_blocks=4, block_size=4)
+    speculation, drafter = speculate(scheduler)
+    for name in "ab":
+        scheduler.add(make_request(name, 4, 3))
+    prefill(scheduler)
+    speculation.draft()
+    assert not drafter.asked
+    assert scheduler.schedule().num_preempted == 0
+
+
+def test_counts_say_what_became_of_drafts() -> None:
+    scheduler = make_scheduler()
+    speculation, _ = speculate(scheduler)
+    for name in "ab":
+        scheduler.add(make_request(name, 4, 10))
+    prefill(scheduler)
+    drafted = speculation.draft()
+    assert drafted is not None
+    plan = scheduler.schedule()
+    settled = scheduler.settle(plan, [[1, 2, 7], [8]])
+    stats = StepStats()
+    speculation.settled(drafted, plan, settled, stats, 0.1)
+    assert (stats.num_drafts, stats.num_draft_tokens, stats.num_accepted_tokens) == (2, 6, 2)
+    assert stats.accepted_per_position == [1, 1, 0]
+
+
+def test_the_drafter_forgets_a_finished_request() -> None:
+    scheduler = make_scheduler()
+    speculation, drafter = speculate(scheduler)
+    request = make_request("a", 4)
+    speculation.release(request)
+    assert drafter.released == ["a"]
+
+
+@pytest.mark.parametrize("num_tokens", [1, 5])
+def test_drafts_of_an_earlier_round_are_dropped(num_tokens: int) -> None:
+    """A request whose guesses did not get into a step must not carry them into a later one."""
+    scheduler = make_scheduler()
+    speculation, _ = speculate(scheduler, num_tokens)
+    scheduler.add(make_request("a", 4, 20))
+    prefill(scheduler)
+    speculation.draft()
+    scheduler.max_num_batched_tokens = 1  # no room for drafts any more
+    drafted = speculation.draft()
+    assert drafted is not None
+    assert not drafted.limits
+    (row,) = scheduler.schedule().rows
+    assert not row.drafts

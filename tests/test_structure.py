@@ -20,6 +20,7 @@ PLUGINS = [package for package in PACKAGES if package.name != "octavo"]
 PUBLIC = {
     "octavo",
     "octavo.batch",
+    "octavo.blocks",
     "octavo.config",
     "octavo.errors",
     "octavo.hooks",
@@ -33,6 +34,7 @@ PUBLIC = {
     "octavo.prefix",
     "octavo.quantization",
     "octavo.request",
+    "octavo.runner",
     "octavo_kernels",
 }
 """What plugins may import; of a package, all of its modules."""

@@ -107,16 +107,17 @@ class ThreadClient:
     def start(self, on_outputs: OutputsCallback, on_death: DeathCallback) -> None:
         from octavo.startup import build_engine
 
-        self.engine = build_engine(self._resolved)
-        self.info = self.engine.info
+        engine = build_engine(self._resolved)
+        self.info = engine.info
+        # the thread's own: its memory comes back when the thread ends
         self._thread = threading.Thread(
-            target=self._run, args=(on_outputs, on_death), name="octavo-engine", daemon=True
+            target=self._run, args=(engine, on_outputs, on_death), name="octavo-engine", daemon=True
         )
         self._thread.start()
 
     def submit(self, submit: Submit) -> None:
         if self.dead is not None:
-            raise self.dead
+            raise EngineDead(str(self.dead))
         self._commands.put(submit)
 
     def abort(self, request_id: str, index: int | None = None) -> None:
@@ -127,13 +128,13 @@ class ThreadClient:
         if self._thread is not None and self._thread is not threading.current_thread():
             self._thread.join(timeout=drain + 10.0)
 
-    def _run(self, on_outputs: OutputsCallback, on_death: DeathCallback) -> None:
+    def _run(self, engine: Engine, on_outputs: OutputsCallback, on_death: DeathCallback) -> None:
         def send(outputs: StepOutputs) -> None:
             self.stats = outputs.stats
             on_outputs(outputs)
 
         try:
-            drive(self.engine, self._receive, send)
+            drive(engine, self._receive, send)
             self.dead = EngineDead("the engine was shut down")
         except Exception as error:
             logger.exception("the engine failed")
@@ -159,7 +160,7 @@ class ProcessClient:
 
     def __init__(self, resolved: Resolved) -> None:
         self._resolved = resolved
-        self._lock = threading.Lock()
+        self._lock = threading.Lock()  # guards the outbox, and that nothing is sent once ``dead`` is set
         self._closing = False
         self._child: subprocess.Popen[bytes] | None = None
         self._thread: threading.Thread | None = None
@@ -168,129 +169,147 @@ class ProcessClient:
         self._folder = tempfile.TemporaryDirectory(prefix="octavo-")
         self._context = zmq.Context()
         self._address = f"ipc://{self._folder.name}/engine"
-        self._socket = self._context.socket(zmq.PAIR)
-        self._socket.setsockopt(zmq.SNDHWM, 0)
-        self._socket.setsockopt(zmq.RCVHWM, 0)
-        self._socket.setsockopt(zmq.LINGER, 0)
+        self._socket = self._make_socket(zmq.PAIR)
         self._socket.bind(self._address)
         # a zmq socket belongs to one thread: others hand their messages to it through this pair
-        self._inbox_address = "inproc://commands"
-        self._inbox = self._context.socket(zmq.PULL)
-        self._inbox.setsockopt(zmq.RCVHWM, 0)
-        self._inbox.bind(self._inbox_address)
-        self._outbox = self._context.socket(zmq.PUSH)
-        self._outbox.setsockopt(zmq.SNDHWM, 0)
-        self._outbox.setsockopt(zmq.LINGER, 0)
-        self._outbox.connect(self._inbox_address)
+        self._inbox = self._make_socket(zmq.PULL)
+        self._inbox.bind("inproc://commands")
+        self._outbox = self._make_socket(zmq.PUSH)
+        self._outbox.connect("inproc://commands")
 
-    def launch(self) -> None:
-        """Start the child and return at once; :meth:`start` waits for it. May be called more than once."""
+    def launch(self) -> subprocess.Popen[bytes]:
+        """Start the child and return at once: it prepares itself until :meth:`start` tells it what to build."""
         if self._child is None:
             self._child = self._start_child()
+        return self._child
 
     def start(self, on_outputs: OutputsCallback, on_death: DeathCallback) -> None:
-        self.launch()
-        assert self._child is not None
+        child = self.launch()
+        start = msgspec.msgpack.encode({"config": self._resolved.config, "manifest": self._resolved.manifest})
+        sent = False
         while True:
-            event = self._receive(0.2)
+            if not sent and self._socket.poll(200, zmq.POLLOUT):  # the child has connected
+                self._socket.send(start)
+                sent = True
+            event = self._receive(0.2 if sent else 0.0)
             if isinstance(event, EngineInfo):
                 self.info = event
                 break
             if isinstance(event, EngineFailed):
                 self.close()
-                raise ConfigError(event.cause)
-            if event is None and self._child.poll() is not None:
-                code = self._child.returncode
+                if not event.traceback:
+                    raise ConfigError(event.cause)
+                logger.error("the engine failed to start:\n%s", event.traceback)
+                raise EngineDead(f"the engine failed to start: {event.cause}")
+            if event is None and child.poll() is not None:
                 self.close()
                 raise EngineDead(
-                    f"the engine process ended with {_exit(code)} before it was ready; see its output above"
+                    f"the engine process ended with {_exit(child.returncode)} before it was ready; see its output above"
                 )
         self._thread = threading.Thread(
-            target=self._run, args=(on_outputs, on_death), name="octavo-client", daemon=True
+            target=self._run, args=(child, on_outputs, on_death), name="octavo-client", daemon=True
         )
         self._thread.start()
 
     def submit(self, submit: Submit) -> None:
-        if self.dead is not None:
-            raise self.dead
-        self._send(submit)
+        with self._lock:
+            if self.dead is not None:
+                raise EngineDead(str(self.dead))
+            self._outbox.send(encode(submit))
 
     def abort(self, request_id: str, index: int | None = None) -> None:
-        if self.dead is None:
-            self._send(Abort(request_id, index))
+        self._send_if_alive(Abort(request_id, index))
 
     def close(self, drain: float = 0.0) -> None:
         with self._lock:
             if self._closing:
                 return
             self._closing = True
-        if self._child is not None:
-            self._stop_child(self._child, drain)
-        if self._thread is not None and self._thread is not threading.current_thread():
-            self._thread.join(timeout=self.STOP_SECONDS)
+        child, thread = self._child, self._thread
+        if child is not None:
+            if thread is None:
+                child.terminate()  # still starting: it does not listen
+            self._send_if_alive(Shutdown(drain))
+            try:
+                child.wait(timeout=drain + self.STOP_SECONDS)
+            except subprocess.TimeoutExpired:
+                child.kill()
+                child.wait()
+            if child.stdin is not None:
+                child.stdin.close()
+        if thread is None:
+            self._close_sockets()
+        elif thread is not threading.current_thread():
+            thread.join(timeout=self.STOP_SECONDS)
         self._folder.cleanup()
 
     @property
-    def process_id(self) -> int:
-        """The child's."""
-        assert self._child is not None, "the engine was not started"
-        return self._child.pid
+    def process_id(self) -> int | None:
+        """The child's, once it is started."""
+        return None if self._child is None else self._child.pid
 
-    def _stop_child(self, child: subprocess.Popen[bytes], drain: float) -> None:
-        if self._thread is None:
-            child.terminate()
-        elif self.dead is None:
-            self._send(Shutdown(drain))
-        try:
-            child.wait(timeout=drain + self.STOP_SECONDS)
-        except subprocess.TimeoutExpired:
-            child.kill()
-            child.wait()
+    def _make_socket(self, kind: int) -> zmq.Socket[bytes]:
+        """Queues have no limit: the engine refuses what is too much, with a reason."""
+        socket = self._context.socket(kind)
+        for option in (zmq.SNDHWM, zmq.RCVHWM, zmq.LINGER):
+            socket.setsockopt(option, 0)
+        return socket
+
+    def _close_sockets(self) -> None:
+        for socket in (self._socket, self._inbox, self._outbox):
+            socket.close()
+        self._context.term()
 
     def _start_child(self) -> subprocess.Popen[bytes]:
         environment = {**os.environ}
         environment.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # spinning threads starve everybody else on small machines
-        child = subprocess.Popen(
+        return subprocess.Popen(
             [sys.executable, "-m", "octavo.worker", self._address], stdin=subprocess.PIPE, env=environment
         )
-        resolved = self._resolved
-        self._socket.send(msgspec.msgpack.encode({"config": resolved.config, "manifest": resolved.manifest}))
-        return child
 
-    def _send(self, command: Command) -> None:
+    def _send_if_alive(self, command: Command) -> None:
         with self._lock:
-            self._outbox.send(encode(command))
+            if self.dead is None:
+                self._outbox.send(encode(command))
 
     def _receive(self, timeout: float) -> StepOutputs | EngineInfo | EngineFailed | None:
         if self._socket.poll(int(timeout * 1000)):
             return decode_event(self._socket.recv())
         return None
 
-    def _run(self, on_outputs: OutputsCallback, on_death: DeathCallback) -> None:
+    def _run(self, child: subprocess.Popen[bytes], on_outputs: OutputsCallback, on_death: DeathCallback) -> None:
+        try:
+            cause = self._listen(child, on_outputs)
+        except Exception as error:
+            logger.exception("the engine's client failed")
+            cause = f"the engine's client failed: {type(error).__name__}: {error}"
+            child.kill()
+        with self._lock:
+            self.dead = EngineDead(cause)
+            self._close_sockets()
+        on_death(self.dead)
+
+    def _listen(self, child: subprocess.Popen[bytes], on_outputs: OutputsCallback) -> str:
+        """Pass messages both ways until the engine has ended; returns why it has."""
         poller = zmq.Poller()
         poller.register(self._socket, zmq.POLLIN)
         poller.register(self._inbox, zmq.POLLIN)
-        child, cause = self._child, None
-        assert child is not None
-        while cause is None:
+        while True:
             ready = dict(poller.poll(100))
             while self._inbox in ready and self._inbox.poll(0):
-                self._socket.send(self._inbox.recv())
+                with contextlib.suppress(zmq.Again):  # the child is gone: that is noticed below
+                    self._socket.send(self._inbox.recv(), zmq.NOBLOCK)
             if self._socket in ready:
                 event = decode_event(self._socket.recv())
                 if isinstance(event, StepOutputs):
                     self.stats = event.stats
                     on_outputs(event)
                 elif isinstance(event, EngineFailed):
-                    logger.error("the engine failed:\n%s", event.traceback)
-                    cause = f"the engine failed: {event.cause}"
+                    logger.error("the engine failed: %s\n%s", event.cause, event.traceback)
+                    return f"the engine failed: {event.cause}"
             elif child.poll() is not None:
                 ended = "was shut down" if self._closing else f"ended unexpectedly with {_exit(child.returncode)}"
-                cause = f"the engine process {ended}"
-        self.dead = EngineDead(cause)
-        on_death(self.dead)
-        self._socket.close()
-        self._inbox.close()
+                return f"the engine process {ended}"
 
 
 def _exit(code: int) -> str:
@@ -298,7 +317,7 @@ def _exit(code: int) -> str:
 
 
 def failure(error: BaseException) -> EngineFailed:
-    """An exception as the engine's last words."""
-    explained = isinstance(error, OctavoError)
-    cause = str(error) if explained else f"{type(error).__name__}: {error}"
-    return EngineFailed(cause, "".join(traceback.format_exception(error)))
+    """An exception as the engine's last words; one that explains itself needs no traceback."""
+    if isinstance(error, OctavoError):
+        return EngineFailed(str(error), "")
+    return EngineFailed(f"{type(error).__name__}: {error}", "".join(traceback.format_exception(error)))

@@ -125,7 +125,7 @@ class EngineInfo(msgspec.Struct, tag="ready"):
 
 
 class EngineFailed(msgspec.Struct, tag="failed"):
-    """The engine's last words: the cause in one line, and the traceback."""
+    """The engine's last words: the cause in one line, and the traceback if the cause does not explain itself."""
 
     cause: str
     traceback: str

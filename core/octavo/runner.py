@@ -171,8 +171,7 @@ class Runner:
             return LaunchedStep(plan, empty, (), None, (), prompt_logprobs, self._mark())
         if batch.logit_rows.shape[0] != hidden.shape[0]:
             hidden = hidden[batch.logit_rows]
-        logits = self.model.logits(hidden).float()
-        tokens, logprobs, entries = self._choose(plan.rows, rows, logits)
+        tokens, logprobs, entries = self._choose(plan.rows, rows, self.model.logits(hidden))
         # the next step reads the token where it would read one that came from the host
         slots = _to_device(rows.slots[rows.sampled], self.placement.device)
         ends = _to_device(rows.sampled_positions, self.placement.device)
@@ -254,7 +253,8 @@ class Runner:
         logits = self._process(planned, rows, logits)
         device = self.placement.device
         tensors = self._sampling.gather(rows.slots[rows.sampled], rows.sampled_positions, device)
-        tokens = self._sample(logits, tensors)
+        # the largest logit is the same in any dtype: a step that only wants that saves the conversion
+        tokens = self._sample(logits if tensors.all_greedy else logits.float(), tensors)
         if raw is None:
             return tokens, None, entries
         num_top = max(planned[rows.sampled[i]].request.params.logprobs or 0 for i in entries)
@@ -270,6 +270,7 @@ class Runner:
                 if processor.wants(row.request.params)
             ]
             if wanting:
+                logits = logits.float()
                 processor.apply(logits, wanting)
         slots = rows.slots[rows.sampled]
         penalized = np.flatnonzero(self._sampling.penalized[slots])
@@ -279,6 +280,7 @@ class Runner:
         table, where = self._sampling, slots[penalized]
         num_known = rows.sampled_positions[penalized]
         chosen = _to_device(penalized, device)
+        logits = logits.float()
         logits[chosen] = apply_penalties(
             logits[chosen],
             self._tokens.tensor[_to_device(where, device), : int(num_known.max())],

@@ -46,6 +46,9 @@ def _mix(x: np.ndarray) -> np.ndarray:
 # --- the choice ------------------------------------------------------------------------------------------------------
 
 
+MIN_TEMPERATURE = 1e-5  # below it logits overflow when they are divided; the most likely token is taken instead
+
+
 @dataclass(frozen=True, slots=True)
 class SamplingTensors:
     """What decides the choice in each row; a filter that no row uses is None."""
@@ -71,7 +74,8 @@ class TorchSample:
         return []
 
     def __call__(self, logits: Tensor, tensors: SamplingTensors) -> Tensor:
-        """logits [num_rows, vocab_size] float32 -> token ids [num_rows] int64."""
+        """logits [num_rows, vocab_size] float32, or of any float dtype if all rows are greedy -> token ids [num_rows]
+        int64."""
         if tensors.all_greedy:
             return logits.argmax(dim=-1)
         probabilities = self.probabilities(logits, tensors)
@@ -147,7 +151,7 @@ class SamplingTable:
         """A request has taken the slot."""
         params = request.params
         self.seeds[slot] = np.uint64(request.seed % 2**64).astype(np.int64)
-        self.temperature[slot] = params.temperature
+        self.temperature[slot] = params.temperature if params.temperature >= MIN_TEMPERATURE else 0.0
         self.top_k[slot] = min(params.top_k, self._vocab_size) or self._vocab_size
         self.top_p[slot] = params.top_p
         self.min_p[slot] = params.min_p

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import signal
@@ -47,13 +48,17 @@ def main(address: str) -> int:
 
 
 def _run(socket: zmq.Socket[bytes]) -> None:
-    start = msgspec.msgpack.decode(socket.recv(), type=Start)
-    # imported here: the parent is told whatever goes wrong, and torch is the slowest part
+    # imported here, so that the parent is told whatever goes wrong, and before the parent says what to build: torch is
+    # the slowest part, and the parent has a tokenizer to load meanwhile
     from octavo.plugins import PluginHost
     from octavo.startup import build_engine, reproduce
 
+    start = msgspec.msgpack.decode(socket.recv(), type=Start)
     host = PluginHost.reproduce(start.manifest, prefer=start.config.prefer)
     engine = build_engine(reproduce(start.config, start.manifest, host))
+    # what start-up made lives for ever: the collector need not look at it again and again
+    gc.collect()
+    gc.freeze()
     socket.send(encode(engine.info))
 
     def receive(timeout: float | None) -> list[Command]:

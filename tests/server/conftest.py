@@ -47,9 +47,8 @@ class RunningServer:
 
     def wait_idle(self) -> None:
         deadline = time.monotonic() + 10.0
-        engine = self.service.client
-        assert isinstance(engine, ThreadClient)
-        while self.service.frontend.num_open or engine.engine.has_work:
+        client = self.service.client
+        while self.service.frontend.num_open or client.stats.num_running or client.stats.num_waiting:
             assert time.monotonic() < deadline, "requests are left running"
             time.sleep(0.01)
 

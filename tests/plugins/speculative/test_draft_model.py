@@ -57,7 +57,7 @@ def test_drafts_are_the_draft_models_own_continuation(
     models: Models, reference: LlamaForCausalLM, data: st.DataObject
 ) -> None:
     """Whatever became of earlier drafts, however many steps went by, and wherever the requests have moved."""
-    drafter = make_drafter(models, block_size=data.draw(st.sampled_from([1, 4])))
+    drafter = make_drafter(models, num_blocks=256, block_size=data.draw(st.sampled_from([1, 4])))
     source = random.Random(data.draw(st.integers(0, 1000)))
     requests = [make_request(f"r{i}", source.choices(range(VOCAB_SIZE), k=3 + 4 * i), i) for i in range(3)]
     last: dict[str, list[int]] = {}

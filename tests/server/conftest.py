@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -13,13 +13,14 @@ import openai
 import pytest
 import uvicorn
 
-from octavo.client import ThreadClient
+from octavo.client import EngineClient, ThreadClient
 from octavo.config import EngineConfig
+from octavo.hooks import RouteProvider
+from octavo.outputs import RequestSummary
 from octavo.server.app import create_app
 from octavo.server.service import ServerConfig, Service
 from octavo.startup import make_text, resolve
-
-Serve = Callable[..., "Iterator[RunningServer]"]
+from octavo.text import TextProcessor
 
 
 class RunningServer:
@@ -55,21 +56,37 @@ class RunningServer:
 
 @contextmanager
 def running(model: Path, *, engine: dict[str, object] | None = None, **options: object) -> Iterator[RunningServer]:
+    """A server over a real engine in a thread."""
     config = EngineConfig(model=str(model), dtype="float32", num_threads=1, cpu_kv_cache_gib=0.05, **(engine or {}))
     resolved = resolve(config)
-    client = ThreadClient(resolved)
-    settings = ServerConfig(**{"model_names": ("tiny",), "max_num_waiting": config.max_num_waiting, **options})
-    service = Service(client, make_text(resolved), settings)
+    options = {"max_num_waiting": config.max_num_waiting, **options}
+    with listening(ThreadClient(resolved), make_text(resolved), **options) as server:
+        yield server
+
+
+@contextmanager
+def listening(
+    client: EngineClient,
+    text: TextProcessor,
+    routes: Iterable[tuple[str, RouteProvider]] = (),
+    on_finished: Callable[[RequestSummary], None] | None = None,
+    **options: object,
+) -> Iterator[RunningServer]:
+    """A server over any engine; ``options`` are fields of ServerConfig."""
+    service = Service(client, text, ServerConfig(**{"model_names": ("tiny",), **options}), on_finished=on_finished)
     service.frontend.start()
-    server = uvicorn.Server(uvicorn.Config(create_app(service), "127.0.0.1", 0, log_level="warning"))
+    config = uvicorn.Config(create_app(service, routes), "127.0.0.1", 0, log_level="warning", ws="none")
+    server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run)
     thread.start()
     while not server.started:
         time.sleep(0.01)
     port = server.servers[0].sockets[0].getsockname()[1]
+    made = RunningServer(f"http://127.0.0.1:{port}", service)
     try:
-        yield RunningServer(f"http://127.0.0.1:{port}", service)
+        yield made
     finally:
+        made.http.close()
         server.should_exit = True
         thread.join()
         client.close()

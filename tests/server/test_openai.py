@@ -89,7 +89,7 @@ def test_usage_is_exact_for_text_and_for_token_ids(client: openai.OpenAI) -> Non
 
 
 def test_samples_differ_and_each_has_an_index_and_a_reason(client: openai.OpenAI) -> None:
-    choices = chat(client, n=4, temperature=2.0, max_tokens=12).choices
+    choices = chat(client, n=4, temperature=2.0, max_tokens=12, extra_body={"ignore_eos": True}).choices
     assert [choice.index for choice in choices] == [0, 1, 2, 3]
     assert all(choice.finish_reason == "length" for choice in choices)
     assert len({choice.message.content for choice in choices}) > 1
@@ -205,7 +205,7 @@ def test_text_offsets_do_not_depend_on_streaming(client: openai.OpenAI, stop: li
 
 def test_prompt_logprobs_for_every_prompt_token(server: RunningServer) -> None:
     body = {"prompt": "hello", "max_tokens": 1, "prompt_logprobs": 2}
-    found = server.post("/v1/completions", body).json()["prompt_logprobs"]
+    found = server.post("/v1/completions", body).json()["choices"][0]["prompt_logprobs"]
     assert found[0] is None
     assert [len(entry) in (2, 3) for entry in found[1:]] == [True] * 4
     assert server.refused("/v1/completions", {**body, "prompt_logprobs": -1})["param"] == "prompt_logprobs"

@@ -6,17 +6,16 @@ import argparse
 import logging
 import os
 import time
-from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from octavo.config import EngineConfig
-from octavo.errors import ConfigError
+from octavo.errors import ConfigError, RequestError
 
 if TYPE_CHECKING:
-    from fastapi import FastAPI
+    import socket
 
-    from octavo.client import ProcessClient
+    from octavo.server.lifecycle import ListenConfig
     from octavo.server.service import ServerConfig, Service
     from octavo.startup import Resolved
 
@@ -32,6 +31,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = group.add_argument
     add("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0 for all (default: %(default)s)")
     add("--port", type=int, default=8000, help="port to listen on; 0 picks a free one (default: %(default)s)")
+    add("--uds", metavar="PATH", help="Unix socket to listen on instead")
+    add("--root-path", default="", metavar="PATH", help="path under which a proxy shows this server")
+    add("--ssl-certfile", metavar="FILE", help="certificate for HTTPS, with --ssl-keyfile")
+    add("--ssl-keyfile", metavar="FILE", help="the certificate's private key")
     add("--served-model-name", nargs="+", metavar="NAME", help="names that clients call the model by")
     add(
         "--api-key",
@@ -74,58 +77,79 @@ def run(args: argparse.Namespace, config: EngineConfig) -> int:
     log_level = args.log_level.upper()
     os.environ["OCTAVO_LOG_LEVEL"] = log_level  # the engine's process logs likewise
     logging.basicConfig(level=log_level, format="%(levelname)s %(name)s: %(message)s")
-    # imported here: describing the command must not cost what running it does
-    from concurrent.futures import ThreadPoolExecutor
+    listen = _listen_config(args)
+    with listen.bind() as taken:
+        # imported here: a mistake in the options must not cost what running costs
+        from octavo.client import ProcessClient
+        from octavo.server.service import Service
+        from octavo.startup import make_text, resolve
 
-    from octavo.client import ProcessClient
-    from octavo.server.service import Service
-    from octavo.startup import make_text, resolve
-
-    resolved = resolve(config)
-    server_config = _server_config(args, config, resolved)
-    client = ProcessClient(resolved)
-    try:
-        client.launch()  # the engine loads in its process while the tokenizer loads in this one
-        with ThreadPoolExecutor(1) as pool:
-            text = pool.submit(make_text, resolved, chat_template=_chat_template(args.chat_template)).result()
-        service = Service(
-            client,
-            text,
-            server_config,
-            on_finished=resolved.host.observers("octavo_request_finished"),
-            on_step=resolved.host.observers("octavo_step_finished"),
-            seed=config.seed,
-        )
-        service.frontend.start()
-        service.metrics.ready(client.info)
-        return _listen(args, service, resolved, client, started)
-    finally:
-        client.close()
+        resolved = resolve(config)
+        server_config = _server_config(args, config, resolved)
+        client = ProcessClient(resolved)
+        try:
+            client.launch()  # the engine loads in its process while the tokenizer loads in this one
+            service = Service(
+                client,
+                make_text(resolved, chat_template=_chat_template(args.chat_template)),
+                server_config,
+                on_finished=resolved.host.observers("octavo_request_finished"),
+                on_step=resolved.host.observers("octavo_step_finished"),
+                seed=config.seed,
+            )
+            service.frontend.start()
+            return _serve(service, resolved, listen, taken, started)
+        finally:
+            client.close()
 
 
-def _listen(
-    args: argparse.Namespace, service: Service, resolved: Resolved, client: ProcessClient, started: float
-) -> int:
+def _serve(service: Service, resolved: Resolved, listen: ListenConfig, taken: socket.socket, started: float) -> int:
     from octavo.server.app import create_app
     from octavo.server.lifecycle import serve
 
-    host = resolved.host
-    service.metrics.add(collector for _, collector in host.items("octavo_metrics"))
-    service.metrics.watch_hooks(host.seconds)
-    app: FastAPI = create_app(service, host.items("octavo_routes"))
+    host, info, metrics = resolved.host, service.client.info, service.metrics
+    metrics.add(collector for _, collector in host.items("octavo_metrics"))
+    metrics.watch_hooks(host.seconds)
+    app = create_app(service, host.items("octavo_routes"))
 
-    def announce(address: str) -> None:
-        parts = {**client.info.startup_seconds, "in all": time.perf_counter() - started}
+    def ready() -> None:
+        parts = {**info.startup_seconds, "in all": time.perf_counter() - started}
+        metrics.started(parts)
         spent = ", ".join(f"{part} {seconds:.1f} s" for part, seconds in parts.items())
-        logger.info("ready: %s (%s)", service.config.model_names[0], spent)
-        logger.info("listening on %s", address)
+        url = listen.url(taken)
+        logger.info("ready: %s (%s)", ", ".join(service.config.model_names), spent)
+        logger.info("listening on %s", url if listen.unix_socket is None else listen.unix_socket)
         logger.info(
-            "try: curl %s/v1/chat/completions -H 'Content-Type: application/json' "
+            "try: curl %s%s/v1/chat/completions -H 'Content-Type: application/json'%s "
             '-d \'{"messages": [{"role": "user", "content": "Hello!"}]}\'',
-            address,
+            f"--unix-socket {listen.unix_socket} " if listen.unix_socket is not None else "",
+            url,
+            " -H 'Authorization: Bearer KEY'" if service.config.api_keys else "",
         )
 
-    return serve(app, service, args.host, args.port, args.log_level, announce)
+    return serve(app, service, listen, taken, ready)
+
+
+def _listen_config(args: argparse.Namespace) -> ListenConfig:
+    from octavo.server.lifecycle import ListenConfig
+
+    if (args.ssl_certfile is None) != (args.ssl_keyfile is None):
+        raise ConfigError("--ssl-certfile and --ssl-keyfile belong together; give both or neither")
+    for option, name in (("--ssl-certfile", args.ssl_certfile), ("--ssl-keyfile", args.ssl_keyfile)):
+        if name is not None and not Path(name).is_file():
+            raise ConfigError(f"{option} {name}: there is no such file")
+    if not 0 <= args.port <= 65535:
+        raise ConfigError(f"--port must be between 0 and 65535, not {args.port}")
+    if args.root_path and (not args.root_path.startswith("/") or args.root_path.endswith("/")):
+        raise ConfigError(f"--root-path must begin with a slash and not end with one, unlike '{args.root_path}'")
+    return ListenConfig(
+        host=args.host,
+        port=args.port,
+        unix_socket=args.uds,
+        root_path=args.root_path,
+        certificate=args.ssl_certfile,
+        private_key=args.ssl_keyfile,
+    )
 
 
 def _server_config(args: argparse.Namespace, config: EngineConfig, resolved: Resolved) -> ServerConfig:
@@ -136,9 +160,7 @@ def _server_config(args: argparse.Namespace, config: EngineConfig, resolved: Res
     keys = args.api_key or [key for key in os.environ.get("OCTAVO_API_KEY", "").split(",") if key]
     if any(not key.strip() for key in keys):
         raise ConfigError("--api-key must not be empty")
-    defaults: Mapping[str, Any] = {}
-    if args.generation_config == "auto":
-        defaults = resolved.checkpoint.generation_config()
+    defaults = _sampling_defaults(resolved) if args.generation_config == "auto" else {}
     return ServerConfig(
         model_names=tuple(args.served_model_name or [_display_name(config, resolved)]),
         api_keys=tuple(keys),
@@ -148,8 +170,26 @@ def _server_config(args: argparse.Namespace, config: EngineConfig, resolved: Res
         max_body_bytes=int(args.max_body_mib * 2**20),
         drain_timeout=args.drain_timeout,
         max_num_waiting=config.max_num_waiting,
-        sampling_defaults={name: defaults[name] for name in SAMPLING_DEFAULTS if defaults.get(name) is not None},
+        sampling_defaults=defaults,
     )
+
+
+def _sampling_defaults(resolved: Resolved) -> dict[str, Any]:
+    """What the model's generation configuration says about sampling."""
+    from octavo.request import SamplingParams
+
+    given = resolved.checkpoint.generation_config()
+    defaults = {name: given[name] for name in SAMPLING_DEFAULTS if given.get(name) is not None}
+    try:
+        SamplingParams(**defaults)
+    except (RequestError, TypeError) as error:
+        raise ConfigError(
+            f"the model's generation_config.json cannot be used: {error}; to do without it: --generation-config none"
+        ) from error
+    if defaults:
+        said = ", ".join(f"{name} {value}" for name, value in defaults.items())
+        logger.info("sampling defaults of the model: %s (--generation-config none: OpenAI's)", said)
+    return defaults
 
 
 def _display_name(config: EngineConfig, resolved: Resolved) -> str:

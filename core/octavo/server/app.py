@@ -5,10 +5,13 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager
+from typing import Any
 
 from fastapi import APIRouter, Depends, FastAPI, Request
 from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import Response
+from starlette.requests import HTTPConnection
+from starlette.routing import Match
 
 import octavo
 from octavo.errors import PluginError, RequestError
@@ -33,7 +36,7 @@ def create_app(service: Service, plugin_routes: Iterable[tuple[str, RouteProvide
         service.bind()
         yield
 
-    app = FastAPI(title="Octavo", version=octavo.__version__, lifespan=lifespan, docs_url=None, redoc_url=None)
+    app = FastAPI(title="Octavo", version=octavo.__version__, lifespan=lifespan, openapi_url=None)
     errors.install(app)
     if service.config.allowed_origins:
         app.add_middleware(
@@ -113,17 +116,24 @@ def make_token_router(service: Service) -> APIRouter:
 
 
 def _add_plugin_routes(app: FastAPI, service: Service, routes: Iterable[tuple[str, RouteProvider]]) -> None:
-    taken = {getattr(route, "path", None) for route in app.routes}
-
-    def needs_key(request: Request) -> None:
-        service.principal(request)
+    def needs_key(connection: HTTPConnection) -> None:
+        service.principal(connection)
 
     for plugin, provider in routes:
         for route in provider.router.routes:
-            path = getattr(route, "path", None)
-            if path in taken:
+            path = getattr(route, "path", "")
+            if _is_taken(app, path):
                 raise PluginError(
-                    f"plugin '{plugin}' provides the path {path}, which is taken; use --plugins no:{plugin}"
+                    f"plugin '{plugin}' provides the path {path}, which is taken; to go on without it: "
+                    f"--plugins no:{plugin}"
                 )
-            taken.add(path)
         app.include_router(provider.router, dependencies=[] if provider.open else [Depends(needs_key)])
+
+
+def _is_taken(app: FastAPI, path: str) -> bool:
+    """Whether a request to the path, by any method, reaches a route that is there already."""
+    scopes: list[dict[str, Any]] = [
+        {"type": kind, "method": "GET", "path": path, "root_path": "", "headers": [], "path_params": {}}
+        for kind in ("http", "websocket")
+    ]
+    return any(route.matches(scope)[0] is not Match.NONE for route in app.routes for scope in scopes)

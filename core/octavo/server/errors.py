@@ -11,6 +11,11 @@ from starlette.exceptions import HTTPException
 
 from octavo.errors import EngineDead, RequestError
 
+
+class ClientGone(Exception):
+    """Nobody waits for the answer any more."""
+
+
 TYPES = {
     400: "invalid_request_error",
     401: "authentication_error",
@@ -29,6 +34,13 @@ def error_body(message: str, status: int, param: str | None = None, code: str | 
     return {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
 
+def error_of(error: RequestError | EngineDead) -> dict[str, Any]:
+    """The same of an exception."""
+    if isinstance(error, EngineDead):
+        return error_body(str(error), 503, code="engine_dead")
+    return error_body(error.message, error.status, error.param, error.code)
+
+
 def json_response(content: Any, status: int = 200, headers: dict[str, str] | None = None) -> Response:
     """Encoded by msgspec."""
     return Response(msgspec.json.encode(content), status, headers, "application/json")
@@ -36,8 +48,12 @@ def json_response(content: Any, status: int = 200, headers: dict[str, str] | Non
 
 def error_response(message: str, status: int, param: str | None = None, code: str | None = None) -> Response:
     """As :func:`error_body`; a busy server says when to come back, and a missing key which scheme it wants."""
+    return _with_headers(error_body(message, status, param, code), status)
+
+
+def _with_headers(body: dict[str, Any], status: int) -> Response:
     headers = {503: {"Retry-After": "1"}, 401: {"WWW-Authenticate": "Bearer"}}.get(status)
-    return json_response(error_body(message, status, param, code), status, headers)
+    return json_response(body, status, headers)
 
 
 def install(app: FastAPI) -> None:
@@ -45,11 +61,15 @@ def install(app: FastAPI) -> None:
 
     @app.exception_handler(RequestError)
     async def refused(_: Request, error: RequestError) -> Response:
-        return error_response(error.message, error.status, error.param, error.code)
+        return _with_headers(error_of(error), error.status)
 
     @app.exception_handler(EngineDead)
     async def dead(_: Request, error: EngineDead) -> Response:
-        return error_response(str(error), 503, code="engine_dead")
+        return _with_headers(error_of(error), 503)
+
+    @app.exception_handler(ClientGone)
+    async def gone(_: Request, __: ClientGone) -> Response:
+        return Response(status_code=499)  # nobody reads it
 
     @app.exception_handler(HTTPException)
     async def http(request: Request, error: HTTPException) -> Response:

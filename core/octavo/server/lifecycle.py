@@ -4,43 +4,98 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
+import socket
+import stat
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from types import FrameType
 
 import uvicorn
 from fastapi import FastAPI
 
+from octavo.errors import ConfigError
 from octavo.server.service import Service
 
 logger = logging.getLogger(__name__)
 
+FLUSH_SECONDS = 5  # how long clients may take to read the end of their answers when the server leaves
 
-def serve(app: FastAPI, service: Service, host: str, port: int, log_level: str, announce: Callable[[str], None]) -> int:
-    """Listen until told to stop. The first SIGTERM or SIGINT drains, the second leaves at once.
 
-    ``announce`` is told the address once it answers. Returns the exit status.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ListenConfig:
+    """Where the server listens, and how it talks there."""
+
+    host: str = "127.0.0.1"
+    port: int = 8000
+    unix_socket: str | None = None  # listen here instead
+    root_path: str = ""  # where a proxy shows this server
+    certificate: str | None = None
+    private_key: str | None = None
+
+    def bind(self) -> socket.socket:
+        """Take the address: before the model loads, so that a mistake shows at once.
+
+        Raises:
+            ConfigError: somebody else has it, or there is no such address.
+        """
+        if self.unix_socket is not None:
+            return _bind_unix(self.unix_socket)
+        try:
+            family, kind, protocol, _, address = socket.getaddrinfo(self.host, self.port, type=socket.SOCK_STREAM)[0]
+            taken = socket.socket(family, kind, protocol)
+            taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            taken.bind(address)
+        except OSError as error:
+            raise ConfigError(
+                f"cannot listen on {self.host} port {self.port}: {error.strerror}; choose with --host and --port"
+            ) from error
+        return taken
+
+    def url(self, taken: socket.socket) -> str:
+        """The address that clients use."""
+        if self.unix_socket is not None:
+            return f"http://localhost{self.root_path}"
+        host, port = taken.getsockname()[:2]
+        scheme = "http" if self.certificate is None else "https"
+        return f"{scheme}://{f'[{host}]' if ':' in host else host}:{port}{self.root_path}"
+
+
+def serve(app: FastAPI, service: Service, listen: ListenConfig, taken: socket.socket, ready: Callable[[], None]) -> int:
+    """Answer on the socket until told to stop. The first SIGTERM or SIGINT drains, the second leaves at once.
+
+    ``ready`` is called once the server answers. Returns the exit status.
     """
-    config = uvicorn.Config(app, host, port, log_level="warning" if log_level == "info" else log_level)
-    server = DrainingServer(config, service, announce)
-    server.run()
+    config = uvicorn.Config(
+        app,
+        root_path=listen.root_path,
+        ssl_certfile=listen.certificate,
+        ssl_keyfile=listen.private_key,
+        log_config=None,
+        log_level="warning",
+        access_log=False,
+        ws="none",
+        timeout_graceful_shutdown=FLUSH_SECONDS,
+    )
+    server = DrainingServer(config, service, ready)
+    server.run(sockets=[taken])
     return 0 if server.started else 1
 
 
 class DrainingServer(uvicorn.Server):
     """Keeps answering while running requests finish: new ones are refused with a reason instead of a closed door."""
 
-    def __init__(self, config: uvicorn.Config, service: Service, announce: Callable[[str], None]) -> None:
+    def __init__(self, config: uvicorn.Config, service: Service, ready: Callable[[], None]) -> None:
         super().__init__(config)
         self._service = service
-        self._announce = announce
+        self._ready = ready
         self._deadline: float | None = None
 
-    async def startup(self, sockets: list[object] | None = None) -> None:  # type: ignore[override]
-        await super().startup(sockets)  # type: ignore[arg-type]
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
         if self.started:
-            host, port = self.servers[0].sockets[0].getsockname()[:2]
-            self._announce(f"http://{f'[{host}]' if ':' in host else host}:{port}")
+            self._ready()
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """A signal arrived."""
@@ -62,3 +117,29 @@ class DrainingServer(uvicorn.Server):
                 await asyncio.sleep(0.2)  # the last chunks leave
                 self.should_exit = True
         return await super().on_tick(counter)
+
+
+def _bind_unix(path: str) -> socket.socket:
+    taken = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        if os.path.exists(path):
+            _remove_stale(path)
+        taken.bind(path)
+    except OSError as error:
+        raise ConfigError(f"cannot listen on {path}: {error.strerror}; choose another with --uds") from error
+    return taken
+
+
+def _remove_stale(path: str) -> None:
+    """Remove the socket of a server that is gone."""
+    if not stat.S_ISSOCK(os.stat(path).st_mode):
+        raise ConfigError(f"{path} exists and is no socket; choose another with --uds")
+    probe = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        probe.connect(path)
+    except ConnectionRefusedError:
+        os.unlink(path)
+    else:
+        raise ConfigError(f"another server listens on {path}; choose another with --uds")
+    finally:
+        probe.close()

@@ -9,7 +9,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 from prometheus_client.core import CounterMetricFamily
 from prometheus_client.registry import Collector
 
-from octavo.messages import EngineInfo, StepStats
+from octavo.messages import StepStats
 from octavo.outputs import CompletionDelta, RequestSummary
 
 SECONDS = (0.001, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)
@@ -71,10 +71,10 @@ class Metrics:
         self.request_prompt = histogram("request_prompt_tokens", "Prompt tokens of a request.", TOKENS)
         self.request_generation = histogram("request_generation_tokens", "Tokens generated for a request.", TOKENS)
 
-    def ready(self, info: EngineInfo) -> None:
-        """The engine is up."""
-        for part, seconds in info.startup_seconds.items():
-            self.startup.labels(part).set(seconds)
+    def started(self, seconds: Mapping[str, float]) -> None:
+        """The server answers: the parts of its start-up and how long each took."""
+        for part, spent in seconds.items():
+            self.startup.labels(part).set(spent)
 
     def step(self, stats: StepStats) -> None:
         """After every step."""

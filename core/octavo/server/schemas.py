@@ -8,58 +8,68 @@ from __future__ import annotations
 
 import difflib
 import logging
-from typing import Any, Literal, TypeVar
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, TypeVar
 
 import msgspec
 
 from octavo.errors import RequestError
-from octavo.request import SamplingParams
+from octavo.request import MAX_LOGPROBS, SamplingParams
 
 logger = logging.getLogger(__name__)
 
 MAX_STOP_STRINGS = 64
 MAX_STOP_LENGTH = 1024
+MAX_BAD_WORDS = 1024
 MAX_PROMPTS = 1024
+MAX_NAME_LENGTH = 256  # of request_id and cache_salt
+MAX_DIGITS = 20  # of a token id in logit_bias
+DEFAULT_COMPLETION_TOKENS = 16
+
+Integer = Annotated[int, msgspec.Meta(ge=-(2**63), le=2**63 - 1)]
+Name = Annotated[str, msgspec.Meta(max_length=MAX_NAME_LENGTH)]
+Prompt = str | list[int | str]
+"""A text, or token ids with texts among them."""
 
 
 class StreamOptions(msgspec.Struct, forbid_unknown_fields=True):
     """What a stream carries beside the text."""
 
-    include_usage: bool = False
-    continuous_usage_stats: bool = False
-    include_obfuscation: bool = False
+    include_usage: bool | None = None
+    continuous_usage_stats: bool | None = None
+    include_obfuscation: Literal[False] | None = None
 
 
 class Sampling(msgspec.Struct, kw_only=True):
     """The fields that chat and completions share; null means the default."""
 
     model: str | None = None
-    n: int | None = None
+    n: Integer | None = None
     temperature: float | None = None
     top_p: float | None = None
-    top_k: int | None = None
+    top_k: Integer | None = None
     min_p: float | None = None
     repetition_penalty: float | None = None
     presence_penalty: float | None = None
     frequency_penalty: float | None = None
-    seed: int | None = None
+    seed: Integer | None = None
     stop: str | list[str] | None = None
-    stop_token_ids: list[int] | None = None
-    max_tokens: int | None = None
-    min_tokens: int | None = None
+    stop_token_ids: list[Integer] | None = None
+    max_tokens: Integer | None = None
+    min_tokens: Integer | None = None
     ignore_eos: bool | None = None
     logit_bias: dict[str, float] | None = None
     bad_words: list[str] | None = None
-    allowed_token_ids: list[int] | None = None
-    prompt_logprobs: int | None = None
+    allowed_token_ids: list[Integer] | None = None
+    prompt_logprobs: Integer | None = None
     skip_special_tokens: bool | None = None
     include_stop_str_in_output: bool | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     return_token_ids: bool | None = None
-    cache_salt: str | None = None
-    priority: int | None = None
-    request_id: str | None = None
+    cache_salt: Name | None = None
+    priority: Integer | None = None
+    request_id: Name | None = None
     user: str | None = None
     metadata: dict[str, str] | None = None
     safety_identifier: str | None = None
@@ -69,21 +79,29 @@ class CompletionBody(Sampling, kw_only=True):
     """``POST /v1/completions``."""
 
     prompt: str | list[Any]
+    add_special_tokens: bool | None = None
     echo: bool | None = None
-    logprobs: int | None = None
-    best_of: int | None = None
+    logprobs: Integer | None = None
+    best_of: Integer | None = None
 
 
 class ChatBody(Sampling, kw_only=True):
     """``POST /v1/chat/completions``."""
 
     messages: list[dict[str, Any]]
-    max_completion_tokens: int | None = None
+    max_completion_tokens: Integer | None = None
     logprobs: bool | None = None
-    top_logprobs: int | None = None
+    top_logprobs: Integer | None = None
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
     chat_template_kwargs: dict[str, Any] | None = None
+
+    @property
+    def adds_generation_prompt(self) -> bool:
+        """Unless it is said otherwise: yes, except where the last message is to be continued."""
+        if self.add_generation_prompt is None:
+            return not self.continue_final_message
+        return self.add_generation_prompt
 
 
 class TokenizeBody(msgspec.Struct, kw_only=True):
@@ -103,31 +121,44 @@ class DetokenizeBody(msgspec.Struct, kw_only=True):
     tokens: list[int]
 
 
-UNSERVED: dict[str, tuple[Any, ...]] = {
+UNSERVED: Mapping[str, tuple[Any, ...]] = {
     # field -> the values that ask for nothing
-    "tools": (None, []),
-    "tool_choice": (None, "none"),
-    "functions": (None, []),
-    "function_call": (None, "none"),
-    "parallel_tool_calls": (None, True, False),
-    "response_format": (None, {"type": "text"}),
-    "modalities": (None, ["text"]),
     "audio": (None,),
-    "prediction": (None,),
-    "reasoning_effort": (None,),
-    "web_search_options": (None,),
-    "service_tier": (None, "auto", "default"),
-    "store": (None, False),
-    "verbosity": (None,),
-    "suffix": (None, ""),
-    "guided_json": (None,),
-    "guided_regex": (None,),
+    "chat_template": (None,),
+    "documents": (None, []),
+    "early_stopping": (None, False),
+    "function_call": (None, "none"),
+    "functions": (None, []),
     "guided_choice": (None,),
     "guided_grammar": (None,),
-    "structured_outputs": (None,),
-    "use_beam_search": (None, False),
-    "truncate_prompt_tokens": (None,),
+    "guided_json": (None,),
+    "guided_regex": (None,),
+    "include_reasoning": (None, True),
+    "kv_transfer_params": (None,),
+    "length_penalty": (None, 1.0),
+    "logits_processors": (None, []),
+    "mm_processor_kwargs": (None, {}),
+    "modalities": (None, ["text"]),
+    "moderation": (None,),
+    "parallel_tool_calls": (None, True, False),
+    "prediction": (None,),
+    "prompt_cache_key": (None,),
+    "prompt_cache_retention": (None,),
     "prompt_embeds": (None,),
+    "reasoning_effort": (None,),
+    "response_format": (None, {"type": "text"}),
+    "return_tokens_as_token_ids": (None, False),
+    "service_tier": (None, "auto", "default"),
+    "spaces_between_special_tokens": (None, True),
+    "store": (None, False),
+    "structured_outputs": (None,),
+    "suffix": (None, ""),
+    "tool_choice": (None, "none"),
+    "tools": (None, []),
+    "truncate_prompt_tokens": (None,),
+    "use_beam_search": (None, False),
+    "verbosity": (None,),
+    "web_search_options": (None,),
 }
 """Fields of OpenAI's API and of its relatives that this server knows and does not serve."""
 
@@ -209,8 +240,48 @@ SAME_NAME = (
 """Fields that are called the same in a body and in :class:`~octavo.request.SamplingParams`."""
 
 
-def sampling_params(body: Sampling, defaults: dict[str, Any], **special: Any) -> SamplingParams:
-    """A body's parameters: what it says, else the model's ``defaults``; ``special`` are those that differ by route."""
+Defaults = Mapping[str, Any]
+
+
+def chat_params(body: ChatBody, defaults: Defaults) -> SamplingParams:
+    """A chat's parameters; it may fill the context unless it says otherwise.
+
+    Raises:
+        RequestError: a value cannot be; names the field.
+    """
+    if body.top_logprobs is not None and not body.logprobs:
+        raise RequestError("top_logprobs is only allowed with logprobs=true", param="top_logprobs")
+    if not 0 <= (body.top_logprobs or 0) <= MAX_LOGPROBS:
+        raise RequestError(
+            f"top_logprobs must be between 0 and {MAX_LOGPROBS}, not {body.top_logprobs}", param="top_logprobs"
+        )
+    special: dict[str, Any] = {"logprobs": (body.top_logprobs or 0) if body.logprobs else None}
+    if body.max_completion_tokens is not None:
+        if body.max_tokens not in (None, body.max_completion_tokens):
+            raise RequestError("max_tokens is the old name of max_completion_tokens; give one", param="max_tokens")
+        special["max_tokens"] = body.max_completion_tokens
+    return _sampling_params(body, {"max_tokens": None, **defaults}, special)
+
+
+def completion_params(body: CompletionBody, defaults: Defaults) -> SamplingParams:
+    """A completion's parameters, :data:`DEFAULT_COMPLETION_TOKENS` unless it says otherwise.
+
+    Raises:
+        RequestError: a value cannot be; names the field.
+    """
+    if body.best_of not in (None, body.n or 1):
+        raise RequestError("best_of is not served; use n", param="best_of", code="unsupported_parameter")
+    special: dict[str, Any] = {"logprobs": body.logprobs}
+    if body.echo and body.logprobs is not None:  # the prompt's own are shown beside the output's
+        if body.prompt_logprobs not in (None, body.logprobs):
+            raise RequestError("with echo, prompt_logprobs must be the same as logprobs", param="prompt_logprobs")
+        special["prompt_logprobs"] = body.logprobs
+    return _sampling_params(body, {"max_tokens": DEFAULT_COMPLETION_TOKENS, **defaults}, special)
+
+
+def _sampling_params(body: Sampling, defaults: Defaults, special: Mapping[str, Any]) -> SamplingParams:
+    """What the body says, else the model's ``defaults``; ``special`` are those that chat and completions call
+    differently."""
     if body.stream_options is not None and not body.stream:
         raise RequestError("stream_options is only allowed with stream=true", param="stream_options")
     if body.prompt_logprobs is not None and body.stream:
@@ -220,6 +291,8 @@ def sampling_params(body: Sampling, defaults: dict[str, Any], **special: Any) ->
         raise RequestError(
             f"stop takes at most {MAX_STOP_STRINGS} strings of at most {MAX_STOP_LENGTH} characters", param="stop"
         )
+    if len(body.bad_words or ()) > MAX_BAD_WORDS:
+        raise RequestError(f"bad_words takes at most {MAX_BAD_WORDS} words", param="bad_words")
     given = {name: value for name in SAME_NAME if (value := getattr(body, name)) is not None}
     return SamplingParams(**{**defaults, **given, "logit_bias": _logit_bias(body.logit_bias), **special})
 
@@ -227,28 +300,33 @@ def sampling_params(body: Sampling, defaults: dict[str, Any], **special: Any) ->
 def _logit_bias(bias: dict[str, float] | None) -> dict[int, float] | None:
     if not bias:
         return None
-    wrong = [key for key in bias if not (key.isascii() and key.isdigit())]
+    wrong = [key for key in bias if not (key.isascii() and key.isdigit() and len(key) < MAX_DIGITS)]
     if wrong:
-        raise RequestError(f"logit_bias: not token ids: {', '.join(wrong)}", param="logit_bias")
+        raise RequestError(
+            f"logit_bias: not token ids: {', '.join(key[:32] for key in wrong[:32])}", param="logit_bias"
+        )
     return {int(key): value for key, value in bias.items()}
 
 
-def prompts_of(prompt: str | list[Any]) -> list[str | list[int | str]]:
-    """The prompts of a completions body: a text, a list of token ids (texts may be mixed in), or a list of those."""
-    if isinstance(prompt, str):
-        return [prompt]
-    if not prompt:
-        raise RequestError("prompt must not be empty", param="prompt")
-    if isinstance(prompt[0], int) and not isinstance(prompt[0], bool):
-        return [_mixed(prompt)]
-    if len(prompt) > MAX_PROMPTS:
-        raise RequestError(f"prompt lists {len(prompt)} prompts; at most {MAX_PROMPTS} are taken", param="prompt")
-    return [one if isinstance(one, str) else _mixed(one) for one in prompt]
+def prompts_of(prompt: str | list[Any]) -> list[Prompt]:
+    """The prompts of a completions body: a text, a list of token ids (texts may be mixed in), or a list of those.
+
+    Raises:
+        RequestError: there is none, one is empty or of another kind, or there are too many.
+    """
+    several = isinstance(prompt, list) and bool(prompt) and not _is_token(prompt[0])
+    prompts: list[Any] = prompt if several else [prompt]  # type: ignore[assignment]
+    if len(prompts) > MAX_PROMPTS:
+        raise RequestError(f"prompt lists {len(prompts)} prompts; at most {MAX_PROMPTS} are taken", param="prompt")
+    for one in prompts:
+        if not isinstance(one, str | list):
+            raise RequestError("a prompt must be a text or a list of token ids", param="prompt")
+        if not one:
+            raise RequestError("a prompt must not be empty", param="prompt")
+        if isinstance(one, list) and not all(isinstance(part, str) or _is_token(part) for part in one):
+            raise RequestError("a prompt that is a list holds token ids and texts only", param="prompt")
+    return prompts
 
 
-def _mixed(prompt: Any) -> list[int | str]:
-    if not isinstance(prompt, list) or not prompt:
-        raise RequestError("every prompt must be a text or a list of token ids that is not empty", param="prompt")
-    if not all(isinstance(part, str) or (isinstance(part, int) and not isinstance(part, bool)) for part in prompt):
-        raise RequestError("a prompt that is a list holds token ids and texts only", param="prompt")
-    return prompt
+def _is_token(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)

@@ -3,27 +3,33 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
+import functools
 import hashlib
 import hmac
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from fastapi import Request
+from starlette.requests import HTTPConnection
+from starlette.types import Receive
 
+import octavo
 from octavo.client import EngineClient
 from octavo.errors import EngineDead, RequestError
 from octavo.frontend import Delivery, Frontend, Sink
 from octavo.messages import StepStats
 from octavo.outputs import CompletionDelta, RequestSummary
 from octavo.request import FinishReason, SamplingParams
+from octavo.server.errors import ClientGone
 from octavo.server.metrics import Metrics
 from octavo.server.schemas import BodyReader
 from octavo.text import TextProcessor
 
 T = TypeVar("T")
+Arrival = tuple[int, CompletionDelta]
+"""The number of a prompt, and what came for it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,44 +48,83 @@ class ServerConfig:
 
 
 class Generation:
-    """The samples of one HTTP request: one or more prompts, each with ``n`` samples, as they arrive."""
+    """The samples of one HTTP request: one or more prompts, each with ``n`` samples, as they arrive.
+
+    Lives in the event loop's thread. Whoever has one must :meth:`close` it.
+    """
 
     def __init__(self, frontend: Frontend, num_open: int) -> None:
         self._frontend = frontend
-        self._queue: asyncio.Queue[tuple[int, CompletionDelta]] = asyncio.Queue()
         self._request_ids: list[str] = []
         self._num_open = num_open
+        self._arrived: list[Arrival] = []
+        self._failure: Exception | None = None
+        self._waiter: asyncio.Future[None] | None = None
+        self._watcher: asyncio.Task[None] | None = None
 
     def sink(self, prompt: int) -> Sink:
-        """Where the deltas of the prompt with that number go; called in the event loop's thread."""
-        return lambda delta: self._queue.put_nowait((prompt, delta))
+        """Where the deltas of the prompt with that number go."""
+
+        def push(delta: CompletionDelta) -> None:
+            if delta.finish_reason is FinishReason.ERROR:
+                self._fail(self._reason(delta.error or "the engine failed"))
+                return
+            self._num_open -= delta.finish_reason is not None
+            self._arrived.append((prompt, delta))
+            self._wake()
+
+        return push
 
     def started(self, request_id: str) -> None:
         """A prompt was submitted."""
         self._request_ids.append(request_id)
 
-    def abort(self) -> None:
-        """Stop whatever still runs."""
-        for request_id in self._request_ids:
-            self._frontend.abort(request_id)
+    def watch(self, receive: Receive) -> None:
+        """Notice when the client goes away. Only after the body was read: then nothing else can come from it."""
 
-    async def deltas(self) -> AsyncIterator[tuple[int, CompletionDelta]]:
-        """(prompt number, delta) until every sample has ended; leaving early aborts the rest.
+        async def until_disconnected() -> None:
+            while (await receive())["type"] != "http.disconnect":
+                pass
+            self._fail(ClientGone())
+
+        self._watcher = asyncio.create_task(until_disconnected())
+
+    async def arrived(self) -> list[Arrival]:
+        """(prompt number, delta) of all that has come since the last call, at least one; empty: all samples have ended.
 
         Raises:
-            EngineDead: the engine failed or refused; carries its reason.
+            EngineDead: the engine failed; carries its reason.
+            RequestError: the engine is too busy (503).
+            ClientGone: the client went away.
         """
-        try:
-            while self._num_open:
-                prompt, delta = await self._queue.get()
-                if delta.finish_reason is FinishReason.ERROR:
-                    raise EngineDead(delta.error or "the engine failed")
-                if delta.finish_reason is not None:
-                    self._num_open -= 1
-                yield prompt, delta
-        finally:
-            if self._num_open:
-                self.abort()
+        while not self._arrived and self._num_open and self._failure is None:
+            self._waiter = asyncio.get_running_loop().create_future()
+            await self._waiter
+        if self._failure is not None and not self._arrived:
+            raise self._failure
+        arrived, self._arrived = self._arrived, []
+        return arrived
+
+    def close(self) -> None:
+        """Stop whatever still runs."""
+        if self._watcher is not None:
+            self._watcher.cancel()
+        if self._num_open:
+            for request_id in self._request_ids:
+                self._frontend.abort(request_id)
+
+    def _fail(self, failure: Exception) -> None:
+        self._failure = self._failure or failure
+        self._wake()
+
+    def _wake(self) -> None:
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+
+    def _reason(self, error: str) -> Exception:
+        if self._frontend.client.dead is not None:
+            return EngineDead(error)
+        return RequestError(error, status=503, code="queue_full")  # all else was refused before it was submitted
 
 
 class Service:
@@ -111,6 +156,13 @@ class Service:
         self.draining = False
         self._loop: asyncio.AbstractEventLoop | None = None
 
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """OpenAI's ``system_fingerprint``: the same as long as the same request with the same seed gives the same."""
+        info = self.client.info
+        what = (octavo.__version__, info.model, info.dtype, info.device, info.attention_backend)
+        return "octavo-" + hashlib.blake2b(repr(what).encode(), digest_size=6).hexdigest()
+
     def bind(self) -> None:
         """The running event loop is the one that requests are answered in."""
         self._loop = asyncio.get_running_loop()
@@ -122,7 +174,7 @@ class Service:
 
     # --- who may do what ---------------------------------------------------------------------------------------------
 
-    def principal(self, request: Request) -> bytes:
+    def principal(self, request: HTTPConnection) -> bytes:
         """Who sends the request, as a namespace of the prefix cache.
 
         Raises:
@@ -217,40 +269,9 @@ class Service:
                     self.frontend.submit(prompt, params, sink, request_id=name, salt=salt, priority=priority)
                 )
         except (RequestError, EngineDead):
-            generation.abort()
+            generation.close()
             raise
         return generation
-
-
-async def unless_disconnected(request: Request, work: Awaitable[T]) -> T:
-    """The result of ``work``, which is cancelled when the client goes away meanwhile.
-
-    Only for requests whose body was read: from then on the only message that can come is the disconnect.
-
-    Raises:
-        ClientGone: the client went away.
-    """
-    task = asyncio.ensure_future(work)
-    watcher = asyncio.ensure_future(_disconnected(request))
-    try:
-        await asyncio.wait({task, watcher}, return_when=asyncio.FIRST_COMPLETED)
-        if not task.done():
-            raise ClientGone
-        return task.result()
-    finally:
-        for one in (task, watcher):
-            one.cancel()
-            with contextlib.suppress(asyncio.CancelledError, EngineDead):
-                await one
-
-
-class ClientGone(Exception):
-    """Nobody waits for the answer any more."""
-
-
-async def _disconnected(request: Request) -> None:
-    while (await request.receive())["type"] != "http.disconnect":
-        pass
 
 
 def _both(first: Callable[[T], None], second: Callable[[T], None] | None) -> Callable[[T], None]:

@@ -5,7 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from octavo_kernels.rotary import rotate_and_store
+pytest.importorskip("triton")
+
+from octavo_kernels.rotary import rotate_and_store  # noqa: E402
+
 
 pytestmark = pytest.mark.gpu
 

@@ -7,8 +7,7 @@ import torch
 
 pytest.importorskip("triton")
 
-from octavo_kernels.rotary import rotate_and_store  # noqa: E402
-
+from octavo_kernels.rotary import rotate_and_store
 
 pytestmark = pytest.mark.gpu
 

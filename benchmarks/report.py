@@ -65,7 +65,23 @@ def kernels(result: Result) -> Iterator[str]:
     )
 
 
-KINDS: Mapping[str, Callable[[Result], Iterator[str]]] = {"cpu": cpu, "kernels": kernels}
+def gpu(result: Result) -> Iterator[str]:
+    """benchmarks/gpu.py: the engine beside what vLLM 0.26 reached on the same kind of card, at the same work."""
+    card = result["hardware"]["gpus"][0].partition(",")[0]
+    yield f"**The engine, 8B Llama shape in bf16 with random weights, {card}**:"
+    yield ""
+    yield from table(
+        ["", "Octavo", "vLLM 0.26", "unit"],
+        [
+            [row["name"], f"{row['octavo']:,.{digits}f}", f"{row['vllm']:,.{digits}f}", row["unit"]]
+            for row in result["result"]["rows"]
+            if row["vllm"] is not None
+            for digits in (0 if row["unit"] == "tok/s" else 1,)
+        ],
+    )
+
+
+KINDS: Mapping[str, Callable[[Result], Iterator[str]]] = {"cpu": cpu, "gpu": gpu, "kernels": kernels}
 """The first word of a file's name says which benchmark it comes from."""
 
 

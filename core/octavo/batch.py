@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from octavo.request import Request
 
@@ -12,8 +12,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-@dataclass(frozen=True, slots=True)
-class PlannedRow:
+class PlannedRow(NamedTuple):
     """One request's part of a step: tokens ``start`` to ``start + num_tokens`` are computed.
 
     The last ``len(drafts)`` of them are drafts. ``samples`` says whether the row's last token is the request's newest,

@@ -170,28 +170,26 @@ class ProcessClient:
         self._context = zmq.Context()
         self._address = f"ipc://{self._folder.name}/engine"
         self._socket = self._make_socket(zmq.PAIR)
-        self._socket.bind(self._address)
+        # a connected socket takes messages at once and keeps them, whether the child listens, starts or is dead
+        self._socket.setsockopt(zmq.RECONNECT_IVL, 10)
+        self._socket.connect(self._address)
         # a zmq socket belongs to one thread: others hand their messages to it through this pair
         self._inbox = self._make_socket(zmq.PULL)
         self._inbox.bind("inproc://commands")
         self._outbox = self._make_socket(zmq.PUSH)
         self._outbox.connect("inproc://commands")
 
-    def launch(self) -> subprocess.Popen[bytes]:
-        """Start the child and return at once: it prepares itself until :meth:`start` tells it what to build."""
+    def launch(self) -> None:
+        """Start the child and return at once; :meth:`start` waits for it. May be called more than once."""
         if self._child is None:
             self._child = self._start_child()
-        return self._child
 
     def start(self, on_outputs: OutputsCallback, on_death: DeathCallback) -> None:
-        child = self.launch()
-        start = msgspec.msgpack.encode({"config": self._resolved.config, "manifest": self._resolved.manifest})
-        sent = False
+        self.launch()
+        child = self._child
+        assert child is not None
         while True:
-            if not sent and self._socket.poll(200, zmq.POLLOUT):  # the child has connected
-                self._socket.send(start)
-                sent = True
-            event = self._receive(0.2 if sent else 0.0)
+            event = self._receive(0.2)
             if isinstance(event, EngineInfo):
                 self.info = event
                 break
@@ -244,9 +242,10 @@ class ProcessClient:
         self._folder.cleanup()
 
     @property
-    def process_id(self) -> int | None:
-        """The child's, once it is started."""
-        return None if self._child is None else self._child.pid
+    def process_id(self) -> int:
+        """The child's."""
+        assert self._child is not None, "the engine was not started"
+        return self._child.pid
 
     def _make_socket(self, kind: int) -> zmq.Socket[bytes]:
         """Queues have no limit: the engine refuses what is too much, with a reason."""
@@ -263,9 +262,12 @@ class ProcessClient:
     def _start_child(self) -> subprocess.Popen[bytes]:
         environment = {**os.environ}
         environment.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # spinning threads starve everybody else on small machines
-        return subprocess.Popen(
+        child = subprocess.Popen(
             [sys.executable, "-m", "octavo.worker", self._address], stdin=subprocess.PIPE, env=environment
         )
+        resolved = self._resolved
+        self._socket.send(msgspec.msgpack.encode({"config": resolved.config, "manifest": resolved.manifest}))
+        return child
 
     def _send_if_alive(self, command: Command) -> None:
         with self._lock:
@@ -297,8 +299,7 @@ class ProcessClient:
         while True:
             ready = dict(poller.poll(100))
             while self._inbox in ready and self._inbox.poll(0):
-                with contextlib.suppress(zmq.Again):  # the child is gone: that is noticed below
-                    self._socket.send(self._inbox.recv(), zmq.NOBLOCK)
+                self._socket.send(self._inbox.recv())
             if self._socket in ready:
                 event = decode_event(self._socket.recv())
                 if isinstance(event, StepOutputs):

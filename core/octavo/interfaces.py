@@ -269,9 +269,14 @@ class AttentionNeed:
 
 
 class AttentionBackend(ABC):
-    """Paged attention for any mix of query lengths in one batch."""
+    """Paged attention for any mix of query lengths in one batch.
+
+    ``capturable``: ``plan`` and what follows it read nothing on the host but the batch's bounds (``max_query_len``,
+    ``max_seq_len``, the shapes), so that a CUDA graph of a step serves every batch within them.
+    """
 
     name: ClassVar[str]
+    capturable: ClassVar[bool] = False
 
     @classmethod
     @abstractmethod

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from octavo.batch import ForwardBatch, PlannedRow, StepPlan
+from octavo.graphs import DecodeGraphs, DecodeOutput, MixedGraphs, MixedInputs, MixedShape, graph_sizes, mixed_shapes
 from octavo.interfaces import AttentionBackend, AttentionSpec, LogitsProcessor, Model, Placement, SampleRow
 from octavo.layers.attention import ForwardContext
 from octavo.messages import TokenLogprobs
@@ -23,6 +24,7 @@ from octavo.sampling import (
     REJECTED,
     LogprobTensors,
     SamplingTable,
+    SamplingTensors,
     TorchSample,
     accept,
     apply_penalties,
@@ -128,6 +130,7 @@ class Runner:
         vocab_size: int,
         processors: Sequence[LogitsProcessor] = (),
         sample: TorchSample,
+        use_graphs: bool = False,
     ) -> None:
         self.model = model
         self.backend = backend
@@ -135,14 +138,30 @@ class Runner:
         self.block_size = block_size
         self.processors = processors
         self._sample = sample
+        self._max_model_len = max_model_len
         device = placement.device
-        self.kv = [_zeros(backend.kv_shape(spec, num_blocks), kv_dtype, device) for spec in specs]
+        # a graph's padding has a slot and a block of its own, the last ones
+        spare = int(use_graphs)
+        self.kv = [_zeros(backend.kv_shape(spec, num_blocks + spare), kv_dtype, device) for spec in specs]
         # one column more than a sequence can have tokens: the last sampled token of a full one lands there
-        self._tokens = DeviceTable(max_num_seqs, max_model_len + 1, torch.int64, device)
-        self._blocks = DeviceTable(max_num_seqs, -(-max_model_len // block_size) + 1, torch.int32, device)
+        self._tokens = DeviceTable(max_num_seqs + spare, max_model_len + 1, torch.int64, device)
+        self._blocks = DeviceTable(max_num_seqs + spare, -(-max_model_len // block_size) + 1, torch.int32, device)
         self._sampling = SamplingTable(max_num_seqs, vocab_size)
         self._owner: list[tuple[Request, int] | None] = [None] * max_num_seqs
         self._num_blocks_written = [0] * max_num_seqs
+        nothing = torch.zeros(1, device=device)
+        self._greedy = SamplingTensors(temperature=nothing, uniform=nothing, all_greedy=True)
+        self._plain = np.zeros(max_num_seqs, bool)  # slots whose tokens are the most likely ones, and nothing else
+        self.graphs: DecodeGraphs | None = None
+        if use_graphs:
+            self._blocks.write(max_num_seqs, 0, [num_blocks])
+            self._blocks.flush()
+            graphs = DecodeGraphs(graph_sizes(max_num_seqs), max_num_seqs, device)
+            self.graphs = graphs if graphs.capture(self._decode) else None
+        self.mixed_graphs: MixedGraphs | None = None
+        if self.graphs is not None:
+            self.mixed_graphs = MixedGraphs(mixed_shapes(max_num_seqs), max_num_seqs, device)
+            self.mixed_graphs.capture(self._mixed)
 
     def correct(self, request: Request, start: int) -> None:
         """The host knows the tokens from ``start`` on better than the device: the next step reads them so.
@@ -162,26 +181,86 @@ class Runner:
         self._tokens.flush()
         self._blocks.flush()
         rows = _RowArrays.of(plan.rows)
+        if self.graphs is not None and self.graphs.can_serve(len(rows.slots), len(rows.token_slots), len(rows.sampled)):
+            return self._launch_graph(self.graphs, plan, rows)
+        if self.mixed_graphs is not None and (launched := self._launch_mixed(self.mixed_graphs, plan, rows)):
+            return launched
         batch = self._batch(rows)
         context = ForwardContext(batch, self.backend, self.backend.plan(batch), self.kv)
         hidden = self.model.forward(batch.tokens, batch.positions, context)
         prompt_logprobs = self._prompt_logprobs(plan.rows, rows, hidden)
         if not len(rows.logit_tokens):
-            empty = torch.empty(0, dtype=torch.int64)
-            return LaunchedStep(plan, empty, (), None, (), prompt_logprobs, self._mark())
+            return self._launched(plan, rows, torch.empty(0, dtype=torch.int64), None, (), prompt_logprobs)
         if batch.logit_rows.shape[0] != hidden.shape[0]:
             hidden = hidden[batch.logit_rows]
-        tokens, logprobs, entries = self._choose(plan.rows, rows, self.model.logits(hidden))
-        # the next step reads the token where it would read one that came from the host
-        slots = _to_device(rows.slots[rows.sampled], self.placement.device)
-        ends = _to_device(rows.sampled_positions, self.placement.device)
-        drafts = self._tokens.tensor[slots, ends]
-        self._tokens.tensor[slots, ends] = tokens
+        logits = self.model.logits(hidden)
+        tokens, logprobs, entries = self._choose(plan.rows, rows, logits)
+        drafts = self._keep(rows, tokens)
         if rows.has_drafts:
             tokens = accept(tokens, drafts, _to_device(rows.first_sampled, self.placement.device))
-        if tokens.device.type != "cpu":
-            tokens = tokens.to("cpu", non_blocking=True)
-        return LaunchedStep(plan, tokens, rows.sampled.tolist(), logprobs, entries, prompt_logprobs, self._mark())
+        return self._launched(plan, rows, tokens, logprobs, entries, prompt_logprobs)
+
+    def _launch_graph(self, graphs: DecodeGraphs, plan: StepPlan, rows: _RowArrays) -> LaunchedStep:
+        """A step of decodes only. The graph takes the most likely tokens; others are chosen from its logits."""
+        output = graphs.replay(rows.slots, rows.ends)
+        if self._is_plain(rows):
+            return self._launched(plan, rows, output.tokens, None, (), {})
+        tokens, logprobs, entries = self._choose(plan.rows, rows, output.logits)
+        self._keep(rows, tokens)
+        return self._launched(plan, rows, tokens, logprobs, entries, {})
+
+    def _launch_mixed(self, graphs: MixedGraphs, plan: StepPlan, rows: _RowArrays) -> LaunchedStep | None:
+        """A step of decodes and a few prompt tokens that all take the most likely token; None if it is not one."""
+        num_decodes = int((rows.query_lens == 1).sum())
+        num_rows, num_tokens = len(rows.slots), len(rows.positions)
+        shape = graphs.find(num_decodes, num_rows - num_decodes, num_tokens - num_decodes)
+        if (
+            shape is None
+            or not num_decodes
+            or not self._is_plain(rows)
+            or any(row.drafts or row.request.wants_prompt_logits for row in plan.rows)
+        ):
+            return None
+        output, where = graphs.replay(
+            shape,
+            rows.token_slots,
+            rows.positions,
+            rows.query_start,
+            rows.slots,
+            rows.ends,
+            rows.sampled,
+            rows.sampled_positions,
+        )
+        tokens = output.tokens[_to_device(where, self.placement.device)]
+        return self._launched(plan, rows, tokens, None, (), {})
+
+    def _keep(self, rows: _RowArrays, tokens: Tensor) -> Tensor:
+        """Put sampled tokens where the next step reads them, as it would read some that came from the host; returns
+        what was there: the drafts that they confirm or correct."""
+        where = _to_device(np.stack([rows.slots[rows.sampled], rows.sampled_positions]), self.placement.device)
+        before = self._tokens.tensor[where[0], where[1]]
+        self._tokens.tensor[where[0], where[1]] = tokens
+        return before
+
+    def _launched(
+        self,
+        plan: StepPlan,
+        rows: _RowArrays,
+        tokens: Tensor,
+        logprobs: LogprobTensors | None,
+        entries: Sequence[int],
+        prompt_logprobs: dict[int, tuple[Tensor, LogprobTensors]],
+    ) -> LaunchedStep:
+        """Send the results to the host; nobody waits for them here."""
+        return LaunchedStep(
+            plan,
+            _to_host(tokens),
+            rows.sampled.tolist(),
+            None if logprobs is None else _logprobs_to_host(logprobs),
+            entries,
+            {row: (_to_host(ids), _logprobs_to_host(values)) for row, (ids, values) in prompt_logprobs.items()},
+            self._mark(),
+        )
 
     def _mark(self) -> torch.cuda.Event | None:
         if self.placement.device.type != "cuda":
@@ -205,6 +284,7 @@ class Runner:
             self._owner[slot] = (request, row.epoch)
             self._num_blocks_written[slot] = 0
             self._sampling.set(slot, request)
+            self._plain[slot] = self._wants_likeliest(request)
             self._tokens.write(slot, 0, request.tokens)
         written = self._num_blocks_written[slot]
         if len(request.blocks) > written:
@@ -212,6 +292,71 @@ class Runner:
             self._num_blocks_written[slot] = len(request.blocks)
         if row.drafts:
             self._tokens.write(slot, row.end - len(row.drafts), row.drafts)
+
+    def _is_plain(self, rows: _RowArrays) -> bool:
+        """Whether every row that samples takes the most likely token and asks for nothing else."""
+        return bool(self._plain[rows.slots[rows.sampled]].all())
+
+    def _wants_likeliest(self, request: Request) -> bool:
+        """Whether the most likely token is all that the request ever asks of the logits."""
+        params = request.params
+        return (
+            params.greedy
+            and params.logprobs is None
+            and not self._sampling.penalized[request.slot]
+            and not any(processor.wants(params) for processor in self.processors)
+        )
+
+    @torch.inference_mode()
+    def _decode(self, slots: Tensor, seq_lens: Tensor) -> DecodeOutput:
+        """One token per row, from numbers on the device alone: what a graph captures.
+
+        slots and seq_lens [num_rows] int64. Lengths are bounded by what the engine serves, not by this step's.
+        """
+        num_rows = len(slots)
+        positions = seq_lens - 1
+        block = self._blocks.tensor[slots, torch.div(positions, self.block_size, rounding_mode="floor")]
+        batch = ForwardBatch(
+            tokens=self._tokens.tensor[slots, positions],
+            positions=positions,
+            query_start=torch.arange(num_rows + 1, dtype=torch.int32, device=slots.device),
+            seq_lens=seq_lens.to(torch.int32),
+            block_tables=self._blocks.tensor[slots],
+            slots=block.long() * self.block_size + positions % self.block_size,
+            logit_rows=torch.arange(num_rows, device=slots.device),
+            max_query_len=1,
+            max_seq_len=self._max_model_len,
+            num_decodes=num_rows,
+        )
+        context = ForwardContext(batch, self.backend, self.backend.plan(batch), self.kv)
+        logits = self.model.logits(self.model.forward(batch.tokens, positions, context))
+        tokens = self._sample(logits, self._greedy)
+        self._tokens.tensor[slots, seq_lens] = tokens
+        return DecodeOutput(tokens, logits)
+
+    @torch.inference_mode()
+    def _mixed(self, inputs: MixedInputs, shape: MixedShape) -> DecodeOutput:
+        """Decodes and prompts together, from numbers on the device alone."""
+        positions, token_slots = inputs.positions, inputs.token_slots
+        block = self._blocks.tensor[token_slots, torch.div(positions, self.block_size, rounding_mode="floor")]
+        batch = ForwardBatch(
+            tokens=self._tokens.tensor[token_slots, positions],
+            positions=positions,
+            query_start=inputs.query_start.to(torch.int32),
+            seq_lens=inputs.seq_lens.to(torch.int32),
+            block_tables=self._blocks.tensor[inputs.slots],
+            slots=block.long() * self.block_size + positions % self.block_size,
+            logit_rows=inputs.logit_rows,
+            max_query_len=shape.num_prompt_tokens,
+            max_seq_len=self._max_model_len,
+            num_decodes=shape.num_decodes,
+        )
+        context = ForwardContext(batch, self.backend, self.backend.plan(batch), self.kv)
+        hidden = self.model.forward(batch.tokens, positions, context)
+        logits = self.model.logits(hidden[inputs.logit_rows])
+        tokens = self._sample(logits, self._greedy)
+        self._tokens.tensor[inputs.target_slots, inputs.target_positions] = tokens
+        return DecodeOutput(tokens, logits)
 
     def _batch(self, rows: _RowArrays) -> ForwardBatch:
         """The step as tensors: one transfer, the rest computed where the slots lie."""
@@ -248,6 +393,8 @@ class Runner:
         self, planned: Sequence[PlannedRow], rows: _RowArrays, logits: Tensor
     ) -> tuple[Tensor, LogprobTensors | None, list[int]]:
         """Tokens [num_sampled], and log-probabilities of the raw logits for the entries that asked for them."""
+        if self._is_plain(rows):
+            return self._sample(logits, self._greedy), None, []
         entries = [i for i, row in enumerate(rows.sampled) if planned[row].request.params.logprobs is not None]
         raw = logits[entries] if entries else None
         logits = self._process(planned, rows, logits)
@@ -382,6 +529,15 @@ def _to_device(array: np.ndarray, device: torch.device) -> Tensor:
     if device.type == "cpu":
         return tensor
     return tensor.pin_memory().to(device, non_blocking=True)
+
+
+def _to_host(tensor: Tensor) -> Tensor:
+    """On its way to the host, into pinned memory; there when an event recorded after this has passed."""
+    return tensor if tensor.device.type == "cpu" else tensor.to("cpu", non_blocking=True)
+
+
+def _logprobs_to_host(values: LogprobTensors) -> LogprobTensors:
+    return LogprobTensors(*(_to_host(getattr(values, name)) for name in LogprobTensors.__slots__))
 
 
 def _listed(chosen: Tensor, values: LogprobTensors, counts: Sequence[int]) -> list[TokenLogprobs]:

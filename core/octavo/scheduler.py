@@ -10,7 +10,6 @@ from __future__ import annotations
 import bisect
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import NamedTuple
 
 from octavo.batch import PlannedRow, StepPlan
@@ -19,8 +18,7 @@ from octavo.policies import FirstComeFirstServed, SchedulingPolicy
 from octavo.request import FinishReason, Request, RequestState
 
 
-@dataclass(frozen=True, slots=True)
-class SettledRow:
+class SettledRow(NamedTuple):
     """What a step brought to one request: the tokens that count, and the reason if it ended."""
 
     row: PlannedRow
@@ -126,7 +124,7 @@ class Scheduler:
 
     def _plan_running(self, draft: _Draft) -> None:
         for request in list(self.running.values()):
-            if request.state is not RequestState.RUNNING or request.is_prefilling or not _can_go_on(request):
+            if request.num_to_compute != 1 or request.state is not RequestState.RUNNING or not _can_go_on(request):
                 continue
             drafts = request.drafts[: max(0, draft.budget - 1)]
             if draft.budget == 0 or not self._make_room(request, request.num_known + len(drafts), draft):

@@ -45,7 +45,7 @@ from octavo.loader import (
     open_checkpoint,
     resolve_model_path,
 )
-from octavo.memory import GIB, MemoryBudget
+from octavo.memory import GIB, Activations, MemoryBudget, decode_step, largest_step, measure_peak, usual_steps
 from octavo.messages import EngineInfo
 from octavo.operations import Operations, SampleNeed
 from octavo.plugins import Manifest, PluginHost, Selection, select
@@ -58,6 +58,8 @@ from octavo.speculation import AdaptiveController, FixedController, Speculation
 from octavo.text import TextProcessor, collect_eos_token_ids
 
 logger = logging.getLogger(__name__)
+
+GRAPHS_RESERVE = 512 * 1024**2  # what captured graphs take beside activations: workspaces and kernels' arguments
 
 BUILTIN_KERNELS = (
     KernelProvider("torch", TorchRMSNorm, priority=-100, operation="rms_norm"),
@@ -204,17 +206,23 @@ def build_engine(resolved: Resolved) -> Engine:
     logger.info("weights: %.2f GiB on %s, %s", target.weight_bytes / GIB, device, target.placement.dtype)
     logger.info("kernels: %s", ", ".join(f"{op}: {'/'.join(sorted(k))}" for op, k in sorted(operations.log.items())))
 
+    processors = make_processors(list(host.logits_processors().values()), target.vocab_size, device)
+    use_graphs = device.type == "cuda" and target.backend.capturable and not config.enforce_eager
     with clock.measure("memory"):
+        if device.type == "cuda":
+            activations = _measure_activations(target, max_num_batched_tokens, num_drafts, use_graphs)
+        else:
+            activations = estimate_activations(target.vocab_size, max_num_batched_tokens, config, num_drafts)
         budget = plan_memory(
             config,
             device,
             target.weight_bytes,
             target.bytes_per_block + (drafter.bytes_per_block if drafter else 0),
-            activation_bytes(target.vocab_size, max_num_batched_tokens, config, num_drafts),
+            activations,
         )
         logger.info(budget.table())
-        processors = make_processors(list(host.logits_processors().values()), target.vocab_size, device)
-        runner = target.make_runner(budget.num_blocks, processors)
+    with clock.measure("graphs"):
+        runner = target.make_runner(budget.num_blocks, processors, use_graphs=use_graphs)
 
     scheduler = Scheduler(
         BlockManager(budget.num_blocks, config.block_size, _prefix_cache(config, host)),
@@ -270,7 +278,9 @@ class _LoadedModel:
     bytes_per_block: int
     sample: Any
 
-    def make_runner(self, num_blocks: int, processors: Sequence[LogitsProcessor] = ()) -> Runner:
+    def make_runner(
+        self, num_blocks: int, processors: Sequence[LogitsProcessor] = (), *, use_graphs: bool = False
+    ) -> Runner:
         assert self.config.max_model_len is not None
         return Runner(
             self.model,
@@ -285,6 +295,7 @@ class _LoadedModel:
             vocab_size=self.vocab_size,
             processors=processors,
             sample=self.sample,
+            use_graphs=use_graphs,
         )
 
 
@@ -405,18 +416,40 @@ def choose_kv_dtype(wanted: str, dtype: torch.dtype) -> torch.dtype:
     return known[wanted]
 
 
-def activation_bytes(vocab_size: int, max_num_batched_tokens: int, config: EngineConfig, num_drafts: int) -> int:
-    """An estimate from above of what a full step needs beside weights and caches: logits dominate."""
+def _measure_activations(
+    target: _LoadedModel, max_num_batched_tokens: int, num_drafts: int, use_graphs: bool
+) -> Activations:
+    """On a GPU: run the largest step, and compile what others need."""
+    config, device = target.config, target.placement.device
+    assert config.max_model_len is not None
+    limits = (config.max_num_seqs, max_num_batched_tokens, config.max_model_len, config.block_size)
+    largest = largest_step(*limits, num_drafts)
+    num_blocks = max(len(largest.rows[0].request.blocks), 512 // config.block_size)
+    peak = measure_peak(device, lambda: target.make_runner(num_blocks).launch(largest))
+    runner = target.make_runner(num_blocks)
+    for step in usual_steps(*limits, num_blocks):
+        runner.launch(step)
+    if not use_graphs:
+        return Activations(peak)
+    decode = decode_step(config.max_num_seqs, config.block_size)
+    return Activations(peak, measure_peak(device, lambda: runner.launch(decode)) + GRAPHS_RESERVE)
+
+
+def estimate_activations(
+    vocab_size: int, max_num_batched_tokens: int, config: EngineConfig, num_drafts: int
+) -> Activations:
+    """From above, where it cannot be measured: logits dominate."""
     logits = min(config.max_num_seqs * (num_drafts + 1), max_num_batched_tokens) * vocab_size * 4 * 4
-    return logits + max_num_batched_tokens * 64 * 1024
+    return Activations(logits + max_num_batched_tokens * 64 * 1024)
 
 
 def plan_memory(
-    config: EngineConfig, device: torch.device, weights: int, block_bytes: int, activations: int
+    config: EngineConfig, device: torch.device, weights: int, block_bytes: int, activations: Activations
 ) -> MemoryBudget:
     """How many blocks there are. On a CPU a fixed size is set apart; on a GPU, what is left of its memory."""
     assert config.max_model_len is not None
     if device.type == "cuda":
+        torch.cuda.empty_cache()  # what the measurement left is free again
         free, total = torch.cuda.mem_get_info(device)
         limit = int(total * config.gpu_memory_utilization)
         others = max(0, total - free - torch.cuda.memory_reserved(device))
@@ -424,7 +457,7 @@ def plan_memory(
         knob = "--gpu-memory-utilization"
     else:
         total = _host_memory()
-        limit = int(config.cpu_kv_cache_gib * GIB) + weights + activations
+        limit = int(config.cpu_kv_cache_gib * GIB) + weights + activations.step
         others = 0
         knob = "--cpu-kv-cache-gib"
     return MemoryBudget.plan(

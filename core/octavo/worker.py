@@ -35,7 +35,7 @@ def main(address: str) -> int:
     for option in (zmq.SNDHWM, zmq.RCVHWM):
         socket.setsockopt(option, 0)
     socket.setsockopt(zmq.LINGER, 5000)
-    socket.connect(address)
+    socket.bind(address)
     try:
         _run(socket)
         return 0

@@ -96,7 +96,7 @@ def _attend_range(
     return accumulator, maximum, total
 
 
-@triton.jit(do_not_specialize=["first_row", "num_rows", "num_splits"])
+@triton.jit(do_not_specialize=["first_row", "num_rows", "num_splits", "block_tables_stride"])
 def _paged_attention(
     out_ptr,
     partial_ptr,

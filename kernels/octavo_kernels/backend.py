@@ -25,6 +25,7 @@ class TritonAttention(AttentionBackend):
     """
 
     name: ClassVar[str] = "triton"
+    capturable: ClassVar[bool] = True
 
     def __init__(self, need: AttentionNeed) -> None:
         self._need = need

@@ -58,7 +58,7 @@ def _one_token(
     tl.store(out_ptr + n, result.to(out_ptr.dtype.element_ty), mask=n < num_rows)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens"])
 def _few_tokens(
     out_ptr,
     partial_ptr,

@@ -20,6 +20,9 @@ def octavo_kernels() -> list[KernelProvider]:
         "rms_norm": "octavo_kernels.norm:TritonRMSNorm",
         "silu_and_mul": "octavo_kernels.activation:TritonSiluAndMul",
         "linear": "octavo_kernels.linear:SkinnyLinear",
+        "linear_packed": "octavo_kernels.packed_linear:TritonPacked",
+        "linear_fp8": "octavo_kernels.fp8_linear:TritonFp8",
+        "sample": "octavo_kernels.sample:TritonSample",
     }
     return [
         KernelProvider(f"triton-{operation.replace('_', '-')}", target, 50, REQUIRES, operation=operation)

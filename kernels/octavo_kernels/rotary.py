@@ -19,7 +19,8 @@ from octavo_kernels.launch import describe, power_of_two
 FP8_MAX = 448.0  # the largest finite e4m3
 
 
-@triton.jit
+# the batch's positions and slots lie anywhere in one transfer
+@triton.jit(do_not_specialize_on_alignment=["positions_ptr", "slots_ptr"])
 def _rotate_and_store(
     out_ptr,
     query_ptr,

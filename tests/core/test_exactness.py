@@ -13,7 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from octavo.config import EngineConfig
 from octavo.default_model import local_default_model
 from octavo.request import SamplingParams
-from octavo.startup import build_engine, resolve
+from octavo.startup import build_engine, make_text, resolve
 from octavo.text import TextProcessor
 
 NUM_PROMPTS, NUM_TOKENS = 64, 64
@@ -66,7 +66,7 @@ def test_greedy_tokens_equal_those_of_transformers(model: Path) -> None:
             model=str(model), dtype="float32", device="cpu", max_num_seqs=32, max_model_len=512, cpu_kv_cache_gib=1.0
         )
     )
-    prompts = prompts_of(TextProcessor.from_checkpoint(resolved.checkpoint))
+    prompts = prompts_of(make_text(resolved))
     params = SamplingParams(temperature=0.0, max_tokens=NUM_TOKENS, ignore_eos=True, logprobs=0)
     engine = build_engine(resolved)
     samples = run(engine, [submit(str(i), prompt, params) for i, prompt in enumerate(prompts)])

@@ -227,15 +227,11 @@ def engine(tiny_llama: Path) -> Engine:
 
 
 def ask(
-    engine: Engine,
-    bad_token_ids: Sequence[list[int]] = (),
-    eos_token_ids: Sequence[int] = (),
-    seed: int = 0,
-    **params: Any,
+    engine: Engine, bad_token_ids: list[list[int]] | None = None, seed: int = 0, eos: Sequence[int] = (), **params: Any
 ) -> Sample:
-    params = {"temperature": 0.0, "max_tokens": 12, **params}
-    told = {"bad_token_ids": list(bad_token_ids), "eos_token_ids": list(eos_token_ids)}
-    return run(engine, [submit("r", PROMPT, SamplingParams(**params), seed, **told)])["r", 0]
+    chosen = SamplingParams(**{"temperature": 0.0, "max_tokens": 12, **params})
+    more = {"bad_token_ids": bad_token_ids or [], "eos_token_ids": list(eos)}
+    return run(engine, [submit("r", PROMPT, chosen, seed, **more)])["r", 0]
 
 
 @pytest.fixture(scope="module")
@@ -284,13 +280,13 @@ def test_stop_token_ids_and_min_tokens(engine: Engine, greedy: list[int]) -> Non
     assert len(held.tokens) >= 6
 
 
-def test_the_end_token_ends_unless_it_is_ignored(engine: Engine, greedy: list[int]) -> None:
-    ends = [greedy[2], 999]
-    ended = ask(engine, eos_token_ids=ends)
-    assert ended.tokens == greedy[: greedy.index(greedy[2]) + 1]
-    assert ended.finish_reason is FinishReason.STOP
-    assert ask(engine, eos_token_ids=ends, ignore_eos=True).tokens == greedy
-    assert greedy[2] not in ask(engine, eos_token_ids=ends, min_tokens=5).tokens[:5]
+def test_an_end_token_ends_unless_it_is_ignored(engine: Engine, greedy: list[int]) -> None:
+    eos = [greedy[2], 999]  # one that the model cannot even say
+    found = ask(engine, eos=eos)
+    assert found.tokens == greedy[: greedy.index(greedy[2]) + 1]
+    assert found.finish_reason is FinishReason.STOP
+    assert ask(engine, eos=eos, ignore_eos=True).tokens == greedy
+    assert greedy[2] not in ask(engine, eos=eos, min_tokens=5).tokens[:5]
 
 
 def test_logit_bias(engine: Engine, greedy: list[int]) -> None:

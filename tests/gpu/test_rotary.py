@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+pytest.importorskip("triton")
+
 from octavo_kernels.rotary import rotate_and_store
 
 pytestmark = pytest.mark.gpu

@@ -484,7 +484,7 @@ def test_metrics_count_exactly(tiny_llama: Any) -> None:
 
     with running(tiny_llama) as server:
         for _ in range(10):
-            server.post("/v1/completions", {"prompt": "hello", "max_tokens": 6})
+            server.post("/v1/completions", {"prompt": "hello", "max_tokens": 6, "ignore_eos": True})
         server.wait_idle()
         values = {}
         for line in server.http.get("/metrics").text.splitlines():

@@ -66,13 +66,13 @@ def served(tiny_llama: Path) -> Iterator[Served]:
 
 def test_the_log_says_where_the_time_went_and_how_to_ask(served: Served) -> None:
     text = "".join(served.log)
-    assert re.search(r"ready: tiny-llama0 \(weights [\d.]+ s, memory [\d.]+ s, in all [\d.]+ s\)", text)
+    assert re.search(r"ready: tiny-llama0 \(weights [\d.]+ s, memory [\d.]+ s, .*in all [\d.]+ s\)", text)
     assert "keys and values" in text
 
 
 def test_a_killed_engine_fails_what_runs_and_the_server_says_why(served: Served) -> None:
     texts: list[str] = []
-    thread = threading.Thread(target=lambda: texts.append(served.stream(LONG)))
+    thread = threading.Thread(target=lambda: texts.append(served.stream({**LONG, "n": 128})))
     thread.start()
     time.sleep(0.3)
     os.kill(served.engine_process(), signal.SIGKILL)
@@ -94,11 +94,15 @@ def test_sigterm_lets_requests_finish_and_refuses_new_ones(served: Served) -> No
     time.sleep(0.3)
     served.process.send_signal(signal.SIGTERM)
     time.sleep(0.15)
-    if thread.is_alive():  # on a fast machine everything may be over already
+    try:
         refused = httpx.post(f"{served.url}/v1/completions", json={"prompt": "x"})
+        ready = httpx.get(f"{served.url}/ready")
+    except httpx.TransportError:  # a fast machine is through with everything
+        served.process.wait(timeout=20.0)
+    else:
         assert refused.status_code == 503
         assert refused.json()["error"]["code"] == "shutting_down"
-        assert httpx.get(f"{served.url}/ready").status_code == 503
+        assert ready.status_code == 503
     thread.join(timeout=30.0)
     assert texts[0].count('"finish_reason":"length"') == 64
     assert served.process.wait(timeout=20.0) == 0

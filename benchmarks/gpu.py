@@ -1,0 +1,371 @@
+"""The engine on one GPU against measured anchors: ``python benchmarks/gpu.py [PART ...] [--save FILE]``.
+
+The model has the shape of Llama-3.1-8B and random weights in bfloat16; everything is greedy, prompts are token ids and
+nobody detokenizes. The anchors are vLLM 0.26.0 (its defaults) on an H200, measured the same way.
+"""
+
+from __future__ import annotations
+
+import argparse
+import cProfile
+import io
+import json
+import logging
+import os
+import pstats
+import random
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from octavo.bench import report
+from octavo.bench.datasets import BenchRequest, random_requests, trace_requests
+from octavo.client import drive
+from octavo.config import EngineConfig
+from octavo.messages import Command, Shutdown, StepOutputs, Submit
+from octavo.request import SamplingParams
+from octavo.startup import build_engine, resolve
+
+LLAMA_8B = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "vocab_size": 128256,
+    "max_position_embeddings": 131072,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 500000.0,
+    "rope_scaling": {
+        "rope_type": "llama3",
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+    },
+    "hidden_act": "silu",
+    "tie_word_embeddings": False,
+    "torch_dtype": "bfloat16",
+    "bos_token_id": 128000,
+    "eos_token_id": 128001,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Anchor:
+    """A row of the table: the floor that bytes set, vLLM's figure, what is to be reached and what is aimed at."""
+
+    floor: float | None
+    vllm: float
+    must: float
+    aim: float | None
+
+
+DECODE = {  # ms per step, by batch
+    1: Anchor(3.42, 4.90, 4.4, 3.8),
+    8: Anchor(3.7, 5.21, 4.8, 4.2),
+    32: Anchor(4.5, 6.35, 5.8, 5.2),
+    64: Anchor(5.5, 7.66, 7.1, 6.4),
+    128: Anchor(7.6, 10.82, 9.7, 8.7),
+    256: Anchor(11.8, 18.16, 15.9, 14.5),
+}
+PREFILL = {  # ms to the first token, by prompt
+    8192: Anchor(None, 217, 210, 190),
+    2048: Anchor(None, 51.8, 50, 45),
+    512: Anchor(None, 15.4, 14, 11),
+}
+LONG_PREFILL = Anchor(None, 38144, 39000, 43000)  # tokens per second
+THROUGHPUT = {  # output tokens per second
+    "trace": Anchor(None, 9393, 11000, 13500),
+    "trace, 1024 rows": Anchor(None, 11624, 13000, 15000),
+    "512 in, 128 out": Anchor(None, 6784, 7500, 8500),
+    "1024 in, 1024 out": Anchor(None, 9331, 10500, 12500),
+}
+STARTUP = {"first": Anchor(None, 91.5, 20, 12), "later": Anchor(None, 39, 12, 8)}  # seconds
+TRACE = Path(__file__).parent / "traces" / "sharegpt_like.json"
+
+
+class Octavo:
+    """Drives an engine in this process, without text."""
+
+    def __init__(self, model: Path, **options: Any) -> None:
+        settings: dict[str, Any] = {"load_format": "dummy", "max_model_len": 16384, "max_num_seqs": 256, **options}
+        self.engine = build_engine(resolve(EngineConfig(model=str(model), **settings)))
+        self.vocab_size = self.engine.info.vocab_size
+        self._name = 0
+
+    def submit(self, request: BenchRequest, num_tokens: int) -> Submit:
+        """A request that the engine has not seen yet."""
+        self._name += 1
+        params = SamplingParams(temperature=0.0, max_tokens=num_tokens, ignore_eos=True)
+        return Submit(str(self._name), list(request.token_ids or ()), params, seed=0)
+
+    def run(self, submits: Sequence[Submit]) -> tuple[float, float, int]:
+        """Queue everything at once: seconds until the first token, until the end, and tokens made."""
+        first, num_tokens = 0.0, 0
+        commands: list[list[Command]] = [list(submits)]
+
+        def receive(timeout: float | None) -> list[Command]:
+            if commands:
+                return commands.pop()
+            return [Shutdown()] if timeout is None else []
+
+        def send(outputs: StepOutputs) -> None:
+            nonlocal first, num_tokens
+            num_tokens += sum(len(output.token_ids) for output in outputs.sequences)
+            if num_tokens and not first:
+                first = time.perf_counter() - started
+
+        started = time.perf_counter()
+        drive(self.engine, receive, send)
+        return first, time.perf_counter() - started, num_tokens
+
+    def prompts(self, count: int, length: int, seed: int) -> list[BenchRequest]:
+        """Random tokens."""
+        return random_requests(count, input_len=length, output_len=1, vocab_size=self.vocab_size, seed=seed)
+
+
+def decode(octavo: Octavo, batch: int) -> float:
+    """Milliseconds per step with cached prompts: a long run less a short one over the difference in tokens."""
+    length, short, long = (128, 1, 257) if batch == 1 else (1024, 32, 160)
+    prompts = octavo.prompts(batch, length, seed=batch)
+    octavo.run([octavo.submit(prompt, short) for prompt in prompts])  # into the prefix cache
+    seconds = [
+        min(octavo.run([octavo.submit(prompt, num_tokens) for prompt in prompts])[1] for _ in range(2))
+        for num_tokens in (short, long)
+    ]
+    return (seconds[1] - seconds[0]) / (long - short) * 1e3
+
+
+def time_to_first_token(octavo: Octavo, length: int) -> float:
+    """Milliseconds, the median of five new prompts."""
+    runs = [octavo.run([octavo.submit(p, 1)])[0] for p in octavo.prompts(6, length, seed=length)]
+    return statistics.median(runs[1:]) * 1e3
+
+
+def long_prefill(octavo: Octavo) -> float:
+    """Prompt tokens per second of 32 prompts of 8192 tokens."""
+    submits = [octavo.submit(prompt, 1) for prompt in octavo.prompts(32, 8192, seed=7)]
+    return 32 * 8192 / octavo.run(submits)[1]
+
+
+def throughput(octavo: Octavo, requests: Sequence[BenchRequest]) -> float:
+    """Output tokens per second with everything queued at once."""
+    _, seconds, num_tokens = octavo.run([octavo.submit(r, r.num_output_tokens) for r in requests])
+    return num_tokens / seconds
+
+
+def host_time(octavo: Octavo, num_rows: int) -> dict[str, float]:
+    """Milliseconds of the host's work in a decode step when nothing hides it, the median of 64 steps."""
+    engine = octavo.engine
+    for prompt in octavo.prompts(num_rows, 64, seed=num_rows):
+        engine.submit(octavo.submit(prompt, 100))
+    parts: dict[str, list[float]] = {"schedule": [], "launch": [], "settle": []}
+    while engine.has_work:
+        begin = time.perf_counter()
+        plan = engine.scheduler.schedule()
+        scheduled = time.perf_counter()
+        launched = engine.runner.launch(plan)
+        done = time.perf_counter()
+        torch.cuda.synchronize()
+        ready = time.perf_counter()
+        engine.settle(_in_flight(launched, begin))
+        if len(plan.rows) == num_rows == plan.num_tokens:
+            parts["schedule"].append(scheduled - begin)
+            parts["launch"].append(done - scheduled)
+            parts["settle"].append(time.perf_counter() - ready)
+    return {name: statistics.median(values[16:]) * 1e3 for name, values in parts.items()}
+
+
+def mixed(octavo: Octavo, num_rows: int = 250, num_steps: int = 40) -> str:
+    """Steps of many decodes and one prompt of 220 tokens: the host's time to launch one, and what it takes."""
+    engine = octavo.engine
+    for prompt in octavo.prompts(num_rows, 220, seed=5):
+        engine.submit(octavo.submit(prompt, 200))
+    while engine.scheduler.waiting or any(r.is_prefilling for r in engine.scheduler.running.values()):
+        engine.settle(engine.launch())
+    launches, steps = [], []
+    profiler = cProfile.Profile()
+    for i, prompt in enumerate(octavo.prompts(num_steps, 220, seed=6)):
+        engine.submit(octavo.submit(prompt, 1))
+        torch.cuda.synchronize()
+        begin = time.perf_counter()
+        if i >= num_steps // 2:
+            profiler.enable()
+        step = engine.launch()
+        profiler.disable()
+        launches.append(time.perf_counter() - begin)
+        torch.cuda.synchronize()
+        steps.append(time.perf_counter() - begin)
+        engine.settle(step)
+    while engine.has_work:
+        engine.settle(engine.launch())
+    text = io.StringIO()
+    pstats.Stats(profiler, stream=text).sort_stats("tottime").print_stats(18)
+    half = num_steps // 2
+    launch, whole = (statistics.median(times[4:half]) * 1e3 for times in (launches, steps))
+    return (
+        f"mixed step: {launch:.2f} ms to launch, {whole:.2f} ms until done, longest {max(steps) * 1e3:.0f} ms\n"
+        + text.getvalue()
+    )
+
+
+def _in_flight(launched: Any, started: float) -> Any:
+    from octavo.engine import InFlight
+
+    return InFlight(launched, started)
+
+
+def profile(octavo: Octavo, batch: int) -> str:
+    """Where the device's time goes in decode steps."""
+    prompts = octavo.prompts(batch, 128 if batch == 1 else 1024, seed=batch)
+    octavo.run([octavo.submit(prompt, 21) for prompt in prompts])
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
+        octavo.run([octavo.submit(prompt, 21) for prompt in prompts])
+    averages = [event for event in profiler.key_averages() if event.self_device_time_total > 0]
+    averages.sort(key=lambda event: -event.self_device_time_total)
+    whole = sum(event.self_device_time_total for event in averages) / 21e3
+    lines = [f"batch {batch}, 21 steps, the first with the prompts' last blocks: {whole:.3f} ms a step"]
+    lines += [f"{e.self_device_time_total / 21e3:8.3f} ms {e.count / 21:7.1f}x  {e.key[:90]}" for e in averages[:22]]
+    return "\n".join(lines)
+
+
+def startup(model: Path) -> dict[str, float]:
+    """Seconds from starting a process until its engine is ready: with empty caches of compiled kernels, and again."""
+    with tempfile.TemporaryDirectory() as cache:
+        environment = {**os.environ, "TRITON_CACHE_DIR": cache, "OCTAVO_MODEL": str(model)}
+        return {name: _start(environment) for name in STARTUP}
+
+
+def _start(environment: dict[str, str]) -> float:
+    started = time.perf_counter()
+    child = subprocess.Popen([sys.executable, __file__, "ready"], env=environment, stdout=subprocess.PIPE, text=True)
+    assert child.stdout is not None
+    ready = child.stdout.readline()
+    seconds = time.perf_counter() - started
+    print("  ", ready.strip())
+    child.wait()
+    return seconds
+
+
+class Table:
+    """Rows as they are measured, beside their anchors."""
+
+    def __init__(self) -> None:
+        self.rows: list[dict[str, Any]] = []
+        print(f"{'':<28}{'unit':>8}{'floor':>9}{'vLLM':>9}{'must':>9}{'aim':>9}{'Octavo':>10}")
+
+    def add(self, name: str, unit: str, anchor: Anchor, value: float) -> None:
+        """Print and keep one row."""
+        cells = [anchor.floor, anchor.vllm, anchor.must, anchor.aim]
+        shown = "".join(f"{'' if cell is None else f'{cell:g}':>9}" for cell in cells)
+        good = value <= anchor.must if unit in ("ms", "s") else value >= anchor.must
+        print(f"{name:<28}{unit:>8}{shown}{value:>10.4g}{'' if good else '  <--'}", flush=True)
+        self.rows.append({"name": name, "unit": unit, "octavo": value, "vllm": anchor.vllm, "must": anchor.must})
+
+
+PARTS = ("decode", "prefill", "throughput", "throughput-1024", "host", "mixed", "profile", "startup", "ready")
+
+
+def main() -> None:
+    """Measure the parts that were asked for."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
+    parser.add_argument("parts", nargs="*", metavar="PART", help=f"of {', '.join(PARTS[:-1])} (default: all)")
+    parser.add_argument("--batches", type=int, nargs="+", default=list(DECODE), help="of decode and profile")
+    parser.add_argument("--workloads", nargs="+", default=list(THROUGHPUT), help="of throughput")
+    parser.add_argument("--enforce-eager", action="store_true", help="without CUDA graphs")
+    parser.add_argument("--save", type=Path, metavar="FILE", help="write every figure as JSON")
+    args = parser.parse_args()
+    parts = args.parts or PARTS[:-1]
+    if "ready" in parts:
+        logging.basicConfig(level="INFO", format="%(message)s")
+        octavo = Octavo(Path(os.environ["OCTAVO_MODEL"]))
+        print(json.dumps(octavo.engine.info.startup_seconds), flush=True)
+        return
+    logging.basicConfig(level="INFO", format="%(message)s")
+    with tempfile.TemporaryDirectory() as folder:
+        model = Path(folder)
+        (model / "config.json").write_text(json.dumps(LLAMA_8B), encoding="utf-8")
+        result = measure(model, parts, args)
+    if args.save is not None:
+        arguments = {"parts": list(parts), "enforce_eager": args.enforce_eager}
+        report.save(args.save, "benchmarks/gpu.py", arguments, result)
+
+
+def measure(model: Path, parts: Sequence[str], args: argparse.Namespace) -> dict[str, Any]:
+    """Run the parts; everything that goes into the file."""
+    table = Table()
+    result: dict[str, Any] = {"rows": table.rows}
+    if "startup" in parts:
+        for name, seconds in startup(model).items():
+            table.add(f"start-up, {name}", "s", STARTUP[name], seconds)
+    if {"decode", "prefill", "throughput", "host", "mixed", "profile"} & set(parts):
+        octavo = Octavo(model, enforce_eager=args.enforce_eager)
+        result["startup_seconds"] = octavo.engine.info.startup_seconds
+        print("start-up", octavo.engine.info.startup_seconds)
+        octavo.run([octavo.submit(prompt, 8) for prompt in octavo.prompts(8, 64, seed=0)])
+        run_parts(octavo, parts, args, table, result)
+        del octavo
+        torch.cuda.empty_cache()
+    if "throughput-1024" in parts:
+        octavo = Octavo(model, max_num_seqs=1024)
+        requests = trace_requests(TRACE, None, vocab_size=octavo.vocab_size)
+        table.add("trace, 1024 rows", "tok/s", THROUGHPUT["trace, 1024 rows"], throughput(octavo, requests))
+    return result
+
+
+def run_parts(
+    octavo: Octavo, parts: Sequence[str], args: argparse.Namespace, table: Table, result: dict[str, Any]
+) -> None:
+    """What one engine can measure."""
+    if "host" in parts:
+        result["host_ms"] = {rows: host_time(octavo, rows) for rows in (64, 256)}
+        for rows, times in result["host_ms"].items():
+            table.add(f"host, {rows} rows", "ms", Anchor(None, float("nan"), 1.0, None), sum(times.values()))
+            print("  ", {name: round(value, 3) for name, value in times.items()})
+    if "mixed" in parts:
+        print(mixed(octavo), flush=True)
+    if "decode" in parts:
+        for batch in args.batches:
+            table.add(f"decode, batch {batch}", "ms", DECODE[batch], decode(octavo, batch))
+    if "profile" in parts:
+        for batch in args.batches:
+            print(profile(octavo, batch), flush=True)
+    if "prefill" in parts:
+        for length, anchor in PREFILL.items():
+            table.add(f"prefill, {length} tokens", "ms", anchor, time_to_first_token(octavo, length))
+        table.add("prefill, 32 x 8192", "tok/s", LONG_PREFILL, long_prefill(octavo))
+    if "throughput" in parts:
+        workloads: dict[str, Callable[[], list[BenchRequest]]] = {
+            "trace": lambda: trace_requests(TRACE, None, vocab_size=octavo.vocab_size),
+            "512 in, 128 out": lambda: _uniform(octavo, 1000, 512, 128),
+            "1024 in, 1024 out": lambda: _uniform(octavo, 256, 1024, 1024),
+        }
+        for name, requests in workloads.items():
+            if name in args.workloads:
+                table.add(name, "tok/s", THROUGHPUT[name], throughput(octavo, requests()))
+
+
+def _uniform(octavo: Octavo, count: int, num_input: int, num_output: int) -> list[BenchRequest]:
+    return random_requests(
+        count,
+        input_len=num_input,
+        output_len=num_output,
+        vocab_size=octavo.vocab_size,
+        seed=random.Random(num_input).randrange(2**31),
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,164 @@
+"""Products with quantized weights, and sampling, at the sizes of Llama-3.1-8B: time, floor, and cuBLAS in bfloat16.
+
+    python benchmarks/quantized.py [--output benchmarks/results/kernels-quant-NAME.json] [--commit HASH]
+
+Measured as in ``benchmarks/kernels.py``, whose ceilings and timing this uses.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+import triton
+from kernels import DTYPE, LINEARS, ROTATION_BYTES, VOCAB, Ceilings, Result, commit, relative_error, replay_time
+
+from octavo.operations import SampleNeed
+from octavo.sampling import SamplingTensors, TorchSample
+from octavo_kernels.fp8_linear import TritonFp8
+from octavo_kernels.packed_linear import TritonPacked
+from octavo_kernels.sample import TritonSample
+from octavo_quant.fp8_linear import ReferenceFp8
+from octavo_quant.fp8_weight import Fp8Need, Fp8Weight
+from octavo_quant.packed import PackedNeed, PackedWeight
+from octavo_quant.packed_linear import ReferencePacked
+
+NUM_TOKENS = (1, 2, 8, 16, 32, 64, 128, 256, 512, 2048)
+DEVICE = torch.device("cuda")
+LAYER = [name for name in LINEARS if name != "lm_head"]
+
+
+def packed(num_in: int, num_out: int, copies: int) -> tuple[list[TritonPacked], ReferencePacked]:
+    """Asymmetric 4 bits in groups of 128, as AWQ has them."""
+    need = PackedNeed(DEVICE, DTYPE, num_in, num_out, 4, 128, False, False)
+    weights = [
+        PackedWeight(
+            torch.randint(0, 256, (num_out, num_in // 2), device=DEVICE, dtype=torch.uint8),
+            ((torch.rand(num_in // 128, num_out, device=DEVICE) + 0.5) / (5 * num_in**0.5)).half(),
+            torch.randint(0, 16, (num_in // 128, num_out), device=DEVICE, dtype=torch.uint8),
+            128,
+            None,
+            4,
+        )
+        for _ in range(copies)
+    ]
+    return [TritonPacked(need, weight, None) for weight in weights], ReferencePacked(need, weights[0], None)
+
+
+def fp8(num_in: int, num_out: int, copies: int, block: int | None = None) -> tuple[list[TritonFp8], ReferenceFp8]:
+    """A scale for each output and rounding by token, or blocks of 128 x 128."""
+    weights = []
+    for _ in range(copies):
+        weight = Fp8Weight.online(torch.randn(num_out, num_in, device=DEVICE, dtype=DTYPE) * num_in**-0.5)
+        if block is not None:
+            scales = (torch.rand(num_out // block, num_in // block, device=DEVICE) + 0.5) / 448
+            weight = Fp8Weight(weight.values, scales, block, block, "group")
+        weights.append(weight)
+    first = weights[0]
+    need = Fp8Need(DEVICE, DTYPE, num_in, num_out, first.activation, first.row_block, first.column_block)
+    return [TritonFp8(need, weight, None) for weight in weights], ReferenceFp8(need, first, None)
+
+
+FORMATS = {"4-bit g128": packed, "fp8": fp8, "fp8 blocks": partial(fp8, block=128)}
+
+
+def bench(ceilings: Ceilings, name: str, plain: dict[int, float], label: str) -> list[Result]:
+    num_in, num_out = LINEARS[name]
+    num_bytes = num_in * num_out * (0.5 if label.startswith("4") else 1)
+    copies = max(2, round(ROTATION_BYTES / num_bytes))
+    layers, reference = FORMATS[label](num_in, num_out, min(copies, 24))
+    results = []
+    for num_tokens in (1, 8, 32) if label == "fp8 blocks" else NUM_TOKENS:
+        x = torch.randn(num_tokens, num_in, device=DEVICE, dtype=DTYPE)
+        floor = ceilings.floor(num_bytes, 2 * num_tokens * num_in * num_out)
+        time = replay_time([partial(layer.apply, x) for layer in (layers * 12)[: 8 if num_tokens > 64 else 24]])
+        error = relative_error(layers[0].apply(x), reference.apply(x))
+        results.append(Result(label, f"{name} {num_tokens}", time, floor, plain.get(num_tokens), error))
+    return results
+
+
+def bench_plain(name: str) -> dict[int, float]:
+    num_in, num_out = LINEARS[name]
+    copies = max(2, round(ROTATION_BYTES / (2 * num_in * num_out)))
+    weights = [torch.randn(num_out, num_in, device=DEVICE, dtype=DTYPE) for _ in range(copies)]
+    times = {}
+    for num_tokens in NUM_TOKENS:
+        x = torch.randn(num_tokens, num_in, device=DEVICE, dtype=DTYPE)
+        times[num_tokens] = replay_time([partial(F.linear, x, weight) for weight in (weights * 8)[:8]])
+    return times
+
+
+def bench_sample(ceilings: Ceilings, num_rows: int, filtered: bool) -> Result:
+    """``other`` is torch, which asks the host when rows are filtered: measured by events around single calls."""
+    logits = torch.randn(num_rows, VOCAB, device=DEVICE) * 3
+    limits = torch.full((2, num_rows), 0.9, device=DEVICE)
+    tensors = SamplingTensors(
+        temperature=torch.ones(num_rows, device=DEVICE),
+        uniform=torch.rand(num_rows, device=DEVICE),
+        top_k=torch.full((num_rows,), 50, device=DEVICE) if filtered else None,
+        top_p=limits[0] if filtered else None,
+    )
+    need = SampleNeed(DEVICE, VOCAB)
+    kernel, reference = TritonSample(need), TorchSample(need)
+    error = float((kernel(logits, tensors) != reference(logits, tensors)).float().mean())
+    time = replay_time([partial(kernel, logits, tensors)] * 3)
+    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    begin.record()
+    for _ in range(5):
+        reference(logits, tensors)
+    end.record()
+    torch.cuda.synchronize()
+    other = begin.elapsed_time(end) * 200
+    label = "sample top-k top-p" if filtered else "sample"
+    return Result(label, str(num_rows), time, ceilings.floor(logits.nbytes), other, error)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path)
+    parser.add_argument("--commit", default=None, help="what to record where git is not at hand")
+    arguments = parser.parse_args()
+    torch.manual_seed(0)
+    ceilings = Ceilings.measure()
+    results: list[Result] = []
+    for name in LAYER:
+        plain = bench_plain(name)
+        for label in FORMATS:
+            results += bench(ceilings, name, plain, label)
+    samples = [bench_sample(ceilings, rows, filtered) for filtered in (False, True) for rows in (1, 32, 256)]
+    print(f"ceilings: {ceilings.bytes_per_us / 1e6:.2f} TB/s, {ceilings.flops_per_us / 1e6:.0f} TFLOP/s; microseconds")
+    print(f"{'':22}" + "".join(f"{name:>24}" for name in LAYER) + f"{'error':>10}")
+    by_key = {(result.kernel, result.size): result for result in results}
+    for label in FORMATS:
+        for num_tokens in NUM_TOKENS:
+            found = [by_key.get((label, f"{name} {num_tokens}")) for name in LAYER]
+            row = [result for result in found if result is not None]
+            if row:
+                cells = "".join(f"{r.time:10.1f} ({r.floor:.1f}; {r.other or 0:.1f})".rjust(24) for r in row)
+                print(f"{label:16}{num_tokens:6}" + cells + f"{max(r.error or 0.0 for r in row):10.1e}")
+    for r in samples:
+        print(
+            f"{r.kernel:20}{r.size:>6}{r.time:10.1f} ({r.floor:.1f}; {r.other or 0:.1f}){r.error or 0.0:10.1e} differ"
+        )
+    results += samples
+    if arguments.output is not None:
+        record = {
+            "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            "commit": arguments.commit or commit(),
+            "hardware": torch.cuda.get_device_name(),
+            "versions": {"torch": torch.__version__, "cuda": torch.version.cuda, "triton": triton.__version__},
+            "ceilings": asdict(ceilings),
+            "unit": "microseconds",
+            "results": [asdict(result) for result in results],
+        }
+        arguments.output.write_text(json.dumps(record, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

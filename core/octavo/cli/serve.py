@@ -78,6 +78,7 @@ def run(args: argparse.Namespace, config: EngineConfig) -> int:
     os.environ["OCTAVO_LOG_LEVEL"] = log_level  # the engine's process logs likewise
     logging.basicConfig(level=log_level, format="%(levelname)s %(name)s: %(message)s")
     listen = _listen_config(args)
+    chat_template = _chat_template(args.chat_template)
     with listen.bind() as taken:
         # imported here: a mistake in the options must not cost what running costs
         from octavo.client import ProcessClient
@@ -91,7 +92,7 @@ def run(args: argparse.Namespace, config: EngineConfig) -> int:
             client.launch()  # the engine loads in its process while the tokenizer loads in this one
             service = Service(
                 client,
-                make_text(resolved, chat_template=_chat_template(args.chat_template)),
+                make_text(resolved, chat_template=chat_template),
                 server_config,
                 on_finished=resolved.host.observers("octavo_request_finished"),
                 on_step=resolved.host.observers("octavo_step_finished"),

@@ -27,6 +27,12 @@ TYPES = {
     503: "service_unavailable_error",
 }
 
+HEADERS = {
+    401: {"WWW-Authenticate": "Bearer"},
+    413: {"Connection": "close"},  # whatever else the client wanted to send
+    503: {"Retry-After": "1"},
+}
+
 
 def error_body(message: str, status: int, param: str | None = None, code: str | None = None) -> dict[str, Any]:
     """``{"error": {"message", "type", "param", "code"}}``."""
@@ -47,13 +53,12 @@ def json_response(content: Any, status: int = 200, headers: dict[str, str] | Non
 
 
 def error_response(message: str, status: int, param: str | None = None, code: str | None = None) -> Response:
-    """As :func:`error_body`; a busy server says when to come back, and a missing key which scheme it wants."""
+    """As :func:`error_body`, with the headers that belong to the status."""
     return _with_headers(error_body(message, status, param, code), status)
 
 
 def _with_headers(body: dict[str, Any], status: int) -> Response:
-    headers = {503: {"Retry-After": "1"}, 401: {"WWW-Authenticate": "Bearer"}}.get(status)
-    return json_response(body, status, headers)
+    return json_response(body, status, HEADERS.get(status))
 
 
 def install(app: FastAPI) -> None:

@@ -67,7 +67,14 @@ def serve(app: FastAPI, service: Service, listen: ListenConfig, taken: socket.so
 
     ``ready`` is called once the server answers. Returns the exit status.
     """
-    config = uvicorn.Config(
+    server = DrainingServer(uvicorn_config(app, listen), service, ready)
+    server.run(sockets=[taken])
+    return 0 if server.started else 1
+
+
+def uvicorn_config(app: FastAPI, listen: ListenConfig) -> uvicorn.Config:
+    """How uvicorn talks; it logs only what goes wrong."""
+    return uvicorn.Config(
         app,
         root_path=listen.root_path,
         ssl_certfile=listen.certificate,
@@ -78,9 +85,6 @@ def serve(app: FastAPI, service: Service, listen: ListenConfig, taken: socket.so
         ws="none",
         timeout_graceful_shutdown=FLUSH_SECONDS,
     )
-    server = DrainingServer(config, service, ready)
-    server.run(sockets=[taken])
-    return 0 if server.started else 1
 
 
 class DrainingServer(uvicorn.Server):

@@ -143,6 +143,7 @@ UNSERVED: Mapping[str, tuple[Any, ...]] = {
     "parallel_tool_calls": (None, True, False),
     "prediction": (None,),
     "prompt_cache_key": (None,),
+    "prompt_cache_options": (None,),
     "prompt_cache_retention": (None,),
     "prompt_embeds": (None,),
     "reasoning_effort": (None,),

@@ -359,8 +359,9 @@ class LoadedModel(Protocol):
         """Of all its layers' caches together."""
         ...
 
-    def make_runner(self, num_blocks: int) -> Runner:
-        """What runs it: caches of ``num_blocks`` blocks, a slot for every running request, plain sampling."""
+    def make_runner_beside(self, target: Runner) -> Runner:
+        """What runs it on the target's requests, in their slots: it reads and writes the same tokens on the device, and
+        its caches lie in blocks of the same numbers. It always takes the most likely token."""
         ...
 
 
@@ -393,15 +394,16 @@ class Drafter(Protocol):
     def __init__(self, config: EngineConfig, context: DrafterContext) -> None:
         """Load whatever has weights; raises ConfigError, saying what to change, if it cannot work so."""
 
-    def start(self, num_blocks: int) -> None:
-        """Take the memory: the target has this many blocks. Once, before the first draft."""
+    def start(self, target: Runner) -> None:
+        """Take the memory, for ``target.num_blocks`` blocks. Once, before the first draft."""
         ...
 
     def draft(self, requests: Sequence[Request], limits: Sequence[int]) -> list[list[int]]:
         """Up to ``limits[i]`` guesses for what follows ``requests[i].tokens``; may be fewer or none.
 
-        All tokens of the requests are on the host, all requests hold a slot, and none of them changes here. Between
-        two calls a request may have grown by any number of tokens, and may have changed its slot.
+        All tokens of the requests are on the host, all requests hold a slot and blocks for their tokens and as many
+        guesses, and none of them changes here. Between two calls a request may have grown by any number of tokens, and
+        may have been preempted (``num_preemptions``): then its slot and its blocks are others.
         """
         ...
 

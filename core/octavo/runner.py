@@ -30,6 +30,7 @@ from octavo.sampling import (
     apply_penalties,
     gather_logprobs,
 )
+from octavo.verify_graphs import VerifyGraphs, VerifyInputs, VerifyOutput, VerifyShape, verify_shapes
 
 PROMPT_LOGPROB_ROWS = 256  # logits of this many prompt positions exist at once
 
@@ -131,21 +132,30 @@ class Runner:
         processors: Sequence[LogitsProcessor] = (),
         sample: TorchSample,
         use_graphs: bool = False,
+        num_drafts: int = 0,
+        beside: Runner | None = None,
     ) -> None:
+        """``num_drafts``: how many of a row's tokens are drafts at most. A runner ``beside`` another one shares its slots
+        and so its requests, their tokens and block tables, and always takes the most likely token."""
         self.model = model
         self.backend = backend
         self.placement = placement
         self.block_size = block_size
         self.processors = processors
+        self.num_blocks = num_blocks
         self._sample = sample
         self._max_model_len = max_model_len
         device = placement.device
         # a graph's padding has a slot and a block of its own, the last ones
         spare = int(use_graphs)
         self.kv = [_zeros(backend.kv_shape(spec, num_blocks + spare), kv_dtype, device) for spec in specs]
-        # one column more than a sequence can have tokens: the last sampled token of a full one lands there
-        self._tokens = DeviceTable(max_num_seqs + spare, max_model_len + 1, torch.int64, device)
-        self._blocks = DeviceTable(max_num_seqs + spare, -(-max_model_len // block_size) + 1, torch.int32, device)
+        self._beside = beside
+        if beside is None:
+            # one column more than a sequence can have tokens: the last sampled token of a full one lands there
+            self._tokens = DeviceTable(max_num_seqs + spare, max_model_len + 1, torch.int64, device)
+            self._blocks = DeviceTable(max_num_seqs + spare, -(-max_model_len // block_size) + 1, torch.int32, device)
+        else:
+            self._tokens, self._blocks = beside._tokens, beside._blocks
         self._sampling = SamplingTable(max_num_seqs, vocab_size)
         self._owner: list[tuple[Request, int] | None] = [None] * max_num_seqs
         self._num_blocks_written = [0] * max_num_seqs
@@ -159,16 +169,15 @@ class Runner:
             graphs = DecodeGraphs(graph_sizes(max_num_seqs), max_num_seqs, device)
             self.graphs = graphs if graphs.capture(self._decode) else None
         self.mixed_graphs: MixedGraphs | None = None
-        if self.graphs is not None:
+        if self.graphs is not None and beside is None:
             self.mixed_graphs = MixedGraphs(mixed_shapes(max_num_seqs), max_num_seqs, device)
             self.mixed_graphs.capture(self._mixed)
-
-    def correct(self, request: Request, start: int) -> None:
-        """The host knows the tokens from ``start`` on better than the device: the next step reads them so.
-
-        For who does not keep what the runner sampled; the request must hold its slot.
-        """
-        self._tokens.write(request.slot, start, request.tokens[start:])
+        self.verify_graphs: VerifyGraphs | None = None
+        self._max_verified = 1 + num_drafts  # tokens of a row
+        if self.graphs is not None and num_drafts:
+            shapes = verify_shapes(max_num_seqs, self._max_verified)
+            self.verify_graphs = VerifyGraphs(shapes, self._max_verified, max_num_seqs, device)
+            self.verify_graphs.capture(self._verify)
 
     # --- the step ----------------------------------------------------------------------------------------------------
 
@@ -177,12 +186,14 @@ class Runner:
         """Start a step. On a GPU this returns before the device is done; ``wait`` of the result does not."""
         self._copy_blocks(plan.copies)
         for row in plan.rows:
-            self._upload(row)
+            (self._beside or self)._upload(row)
         self._tokens.flush()
         self._blocks.flush()
         rows = _RowArrays.of(plan.rows)
         if self.graphs is not None and self.graphs.can_serve(len(rows.slots), len(rows.token_slots), len(rows.sampled)):
             return self._launch_graph(self.graphs, plan, rows)
+        if self.verify_graphs is not None and (launched := self._launch_verify(self.verify_graphs, plan, rows)):
+            return launched
         if self.mixed_graphs is not None and (launched := self._launch_mixed(self.mixed_graphs, plan, rows)):
             return launched
         batch = self._batch(rows)
@@ -218,7 +229,7 @@ class Runner:
             shape is None
             or not num_decodes
             or not self._is_plain(rows)
-            or any(row.drafts or row.request.wants_prompt_logits for row in plan.rows)
+            or any(row.drafts or _wants_prompt_logits(row) for row in plan.rows)
         ):
             return None
         output, where = graphs.replay(
@@ -233,6 +244,37 @@ class Runner:
         )
         tokens = output.tokens[_to_device(where, self.placement.device)]
         return self._launched(plan, rows, tokens, None, (), {})
+
+    def _launch_verify(self, graphs: VerifyGraphs, plan: StepPlan, rows: _RowArrays) -> LaunchedStep | None:
+        """A step of a few tokens a row, drafts among them; None if some row has more."""
+        shape = graphs.find(rows.query_lens)
+        if shape is None or not len(rows.sampled) or any(_wants_prompt_logits(row) for row in plan.rows):
+            return None
+        output = graphs.replay(
+            shape,
+            rows.token_slots,
+            rows.positions,
+            rows.query_start,
+            rows.slots,
+            rows.ends,
+            rows.sampled,
+            rows.sampled_positions,
+            rows.first_sampled,
+            rows.logit_tokens,
+        )
+        num_sampled = len(rows.sampled)
+        where: slice | Tensor = slice(num_sampled)
+        if num_sampled != len(rows.positions):
+            where = _to_device(rows.logit_tokens, self.placement.device)
+        if self._is_plain(rows):
+            return self._launched(plan, rows, output.tokens[where], None, (), {})
+        drafts = output.drafts[where]
+        self._keep(rows, drafts)  # others than the most likely tokens are chosen, and the drafts are part of the history
+        tokens, logprobs, entries = self._choose(plan.rows, rows, output.logits[where])
+        self._keep(rows, tokens)
+        if rows.has_drafts:
+            tokens = accept(tokens, drafts, _to_device(rows.first_sampled, self.placement.device))
+        return self._launched(plan, rows, tokens, logprobs, entries, {})
 
     def _keep(self, rows: _RowArrays, tokens: Tensor) -> Tensor:
         """Put sampled tokens where the next step reads them, as it would read some that came from the host; returns
@@ -295,7 +337,7 @@ class Runner:
 
     def _is_plain(self, rows: _RowArrays) -> bool:
         """Whether every row that samples takes the most likely token and asks for nothing else."""
-        return bool(self._plain[rows.slots[rows.sampled]].all())
+        return self._beside is not None or bool(self._plain[rows.slots[rows.sampled]].all())
 
     def _wants_likeliest(self, request: Request) -> bool:
         """Whether the most likely token is all that the request ever asks of the logits."""
@@ -357,6 +399,31 @@ class Runner:
         tokens = self._sample(logits, self._greedy)
         self._tokens.tensor[inputs.target_slots, inputs.target_positions] = tokens
         return DecodeOutput(tokens, logits)
+
+    @torch.inference_mode()
+    def _verify(self, inputs: VerifyInputs, shape: VerifyShape) -> VerifyOutput:
+        """A few tokens for each row, all of which have logits, from numbers on the device alone."""
+        positions, token_slots = inputs.positions, inputs.token_slots
+        block = self._blocks.tensor[token_slots, torch.div(positions, self.block_size, rounding_mode="floor")]
+        batch = ForwardBatch(
+            tokens=self._tokens.tensor[token_slots, positions],
+            positions=positions,
+            query_start=inputs.query_start.to(torch.int32),
+            seq_lens=inputs.seq_lens.to(torch.int32),
+            block_tables=self._blocks.tensor[inputs.slots],
+            slots=block.long() * self.block_size + positions % self.block_size,
+            logit_rows=torch.arange(shape.num_tokens, device=positions.device),
+            max_query_len=self._max_verified,
+            max_seq_len=self._max_model_len,
+            num_decodes=0,
+        )
+        context = ForwardContext(batch, self.backend, self.backend.plan(batch), self.kv)
+        logits = self.model.logits(self.model.forward(batch.tokens, positions, context))
+        tokens = self._sample(logits, self._greedy)
+        targets = (inputs.target_slots, inputs.target_positions)
+        drafts = self._tokens.tensor[targets]
+        self._tokens.tensor[targets] = tokens
+        return VerifyOutput(accept(tokens, drafts, inputs.first), drafts, logits)
 
     def _batch(self, rows: _RowArrays) -> ForwardBatch:
         """The step as tensors: one transfer, the rest computed where the slots lie."""
@@ -446,7 +513,7 @@ class Runner:
         found: dict[int, tuple[Tensor, LogprobTensors]] = {}
         for index, row in enumerate(planned):
             last = min(row.end, row.request.num_prompt - 1)
-            if not row.request.wants_prompt_logits or row.start >= last:
+            if not _wants_prompt_logits(row):
                 continue
             begin = int(rows.query_start[index])
             targets = self._tokens.tensor[row.request.slot, row.start + 1 : last + 1]
@@ -515,6 +582,11 @@ class _RowArrays:
     def num_drafts_before(self, entry: int) -> int:
         """How many drafts of its own row a sampled token follows."""
         return entry - int(self.first_sampled[entry])
+
+
+def _wants_prompt_logits(row: PlannedRow) -> bool:
+    """Whether logits of prompt positions are asked for that this row computes."""
+    return row.request.wants_prompt_logits and row.start < row.request.num_prompt - 1
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:

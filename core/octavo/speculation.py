@@ -77,6 +77,9 @@ class Speculation(NoSpeculation):
             request: min(limit, room, request.max_total_tokens - len(request.tokens) - 1)
             for request, limit in zip(decoding, limits, strict=True)
         }
+        for request, limit in asked.items():
+            reserved = self._scheduler.blocks.reserve(request.blocks, len(request.tokens) + limit)
+            assert reserved, request  # there was room for all
         for request, drafts in zip(asked, self._drafter.draft(decoding, list(asked.values())), strict=True):
             request.drafts = drafts
         return Drafted(asked)

@@ -222,7 +222,9 @@ def build_engine(resolved: Resolved) -> Engine:
         )
         logger.info(budget.table())
     with clock.measure("graphs"):
-        runner = target.make_runner(budget.num_blocks, processors, use_graphs=use_graphs)
+        runner = target.make_runner(budget.num_blocks, processors, use_graphs=use_graphs, num_drafts=num_drafts)
+        if drafter is not None:
+            drafter.start(runner)
 
     scheduler = Scheduler(
         BlockManager(budget.num_blocks, config.block_size, _prefix_cache(config, host)),
@@ -233,7 +235,6 @@ def build_engine(resolved: Resolved) -> Engine:
     )
     speculation = None
     if drafter is not None:
-        drafter.start(budget.num_blocks)
         _check_speculation(processors)
         controller = FixedController(num_drafts) if config.speculative.fixed else AdaptiveController(num_drafts)
         speculation = Speculation(drafter, controller, scheduler, num_drafts)
@@ -279,7 +280,13 @@ class _LoadedModel:
     sample: Any
 
     def make_runner(
-        self, num_blocks: int, processors: Sequence[LogitsProcessor] = (), *, use_graphs: bool = False
+        self,
+        num_blocks: int,
+        processors: Sequence[LogitsProcessor] = (),
+        *,
+        use_graphs: bool = False,
+        num_drafts: int = 0,
+        beside: Runner | None = None,
     ) -> Runner:
         assert self.config.max_model_len is not None
         return Runner(
@@ -296,7 +303,13 @@ class _LoadedModel:
             processors=processors,
             sample=self.sample,
             use_graphs=use_graphs,
+            num_drafts=num_drafts,
+            beside=beside,
         )
+
+    def make_runner_beside(self, target: Runner) -> Runner:
+        use_graphs = target.graphs is not None and self.backend.capturable
+        return self.make_runner(target.num_blocks, use_graphs=use_graphs, num_drafts=1, beside=target)
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,6 +13,7 @@ from tests.core.test_scheduler import make_request, make_scheduler
 from octavo.batch import StepPlan
 from octavo.messages import StepStats
 from octavo.request import Request
+from octavo.runner import Runner
 from octavo.scheduler import Scheduler
 from octavo.speculation import AdaptiveController, FixedController, Speculation
 
@@ -176,7 +177,7 @@ class Counting:
         self.asked: list[dict[str, int]] = []
         self.released: list[str] = []
 
-    def start(self, num_blocks: int) -> None:
+    def start(self, target: Runner) -> None:
         pass
 
     def draft(self, requests: Sequence[Request], limits: Sequence[int]) -> list[list[int]]:

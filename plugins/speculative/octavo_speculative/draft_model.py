@@ -1,10 +1,11 @@
 """Drafts by a small model with the target's vocabulary (Leviathan et al. 2023, Chen et al. 2023), decoding greedily.
 
-The draft model runs on a runner of its own, so that kernels, attention backends, quantization and whatever else serves
-the target serve it as well. Each request has a shadow there: its tokens when it was last drafted for, the drafts that
-followed, and blocks of its own. Before it drafts, a shadow is brought in line with its request: what was guessed wrong
-is dropped, what is new is computed. That is one mechanism for accepted and rejected drafts, for steps without drafts,
-for preemption and for a request's first draft.
+The draft model runs beside the target: on the same requests, in the same slots and on blocks of the same numbers, with
+caches of its own. It reads the target's tokens on the device, and writes its drafts where the target will verify them.
+
+What its caches hold is followed for each block (:class:`BlockContents`). So whatever a request shares with others
+through the prefix cache or by forking is shared here too, and a request is caught up with in one way after its prompt,
+accepted and rejected drafts, steps without drafts and preemptions: what is missing is computed.
 """
 
 from __future__ import annotations
@@ -13,24 +14,68 @@ import itertools
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from octavo import ConfigError, EngineConfig, SamplingParams
+from octavo import ConfigError, EngineConfig
 from octavo.batch import PlannedRow, StepPlan
-from octavo.blocks import BlockManager
 from octavo.interfaces import Checkpoint, DrafterContext
 from octavo.request import Request
 
 if TYPE_CHECKING:
     from octavo.runner import LaunchedStep, Runner
 
-GREEDY = SamplingParams(temperature=0.0, max_tokens=None, ignore_eos=True)
+
+class BlockContents:
+    """Which tokens the draft model has computed in each block, as a hash of them and all before them.
+
+    Only full blocks count. A wrong match would cost drafts that are wrong, never a wrong token.
+    """
+
+    def __init__(self, num_blocks: int, block_size: int) -> None:
+        self._block_size = block_size
+        self._keys: list[int | None] = [None] * num_blocks
+
+    def num_known(self, tokens: Sequence[int], table: Sequence[int]) -> tuple[int, list[int]]:
+        """How many leading tokens, all but the last at most, the blocks of ``table`` hold, and those blocks' keys."""
+        keys: list[int] = []
+        for block in table[: (len(tokens) - 1) // self._block_size]:
+            key = self._key(keys, tokens)
+            if self._keys[block] != key:
+                break
+            keys.append(key)
+        return len(keys) * self._block_size, keys
+
+    def overwrite(self, table: Sequence[int], start: int, end: int) -> None:
+        """Tokens ``start`` to ``end`` of the sequence are about to be computed."""
+        for block in table[start // self._block_size : -(-end // self._block_size)]:
+            self._keys[block] = None
+
+    def fill(self, tokens: Sequence[int], table: Sequence[int], num_tokens: int, keys: list[int]) -> None:
+        """The first ``num_tokens`` tokens are there; ``keys`` of their full blocks are known in part, and extended."""
+        while (len(keys) + 1) * self._block_size <= num_tokens:
+            key = self._key(keys, tokens)
+            self._keys[table[len(keys)]] = key
+            keys.append(key)
+
+    def _key(self, keys: Sequence[int], tokens: Sequence[int]) -> int:
+        """Of the block after those of ``keys``."""
+        begin = len(keys) * self._block_size
+        return hash((keys[-1] if keys else 0, *tokens[begin : begin + self._block_size]))
+
+
+class _Followed:
+    """A request as far as the draft model has read it."""
+
+    __slots__ = ("drafts", "epoch", "keys", "num_computed", "num_tokens")
+
+    def __init__(self, epoch: int, num_computed: int, keys: list[int]) -> None:
+        self.epoch = epoch  # the request's num_preemptions: blocks and slot have not changed since
+        self.num_computed = num_computed  # leading tokens in the cache, drafts among them
+        self.keys = keys  # of its full blocks
+        self.num_tokens = 0  # how many there were when the drafts were made
+        self.drafts: list[int] = []
 
 
 class DraftModel:
-    """The drafter ``draft-model``; see :class:`octavo.interfaces.Drafter`.
-
-    Its cache has as many blocks as the target's. Where sequences share blocks in the target and not here they can run
-    out; those that are not being drafted for give way then, and if that is not enough, some sequences get no drafts.
-    """
+    """The drafter ``draft-model``; see :class:`octavo.interfaces.Drafter`."""
 
     def __init__(self, config: EngineConfig, context: DrafterContext) -> None:
         """Loads the weights.
@@ -51,99 +96,93 @@ class DraftModel:
         self.bytes_per_block = self._model.bytes_per_block
         self._vocab_size = min(context.vocab_size, self._model.vocab_size)
         self._block_size = context.block_size
-        self._max_model_len = context.max_model_len
         self._max_num_batched_tokens = context.max_num_batched_tokens
-        self._shadows: dict[Request, Request] = {}
+        self._followed: dict[Request, _Followed] = {}
 
-    def start(self, num_blocks: int) -> None:
-        self._runner: Runner = self._model.make_runner(num_blocks)
-        self.blocks = BlockManager(num_blocks, self._block_size)
+    def start(self, target: Runner) -> None:
+        self._runner = self._model.make_runner_beside(target)
+        self._contents = BlockContents(target.num_blocks, self._block_size)
 
     def draft(self, requests: Sequence[Request], limits: Sequence[int]) -> list[list[int]]:
-        wanted = {request: limit for request, limit in zip(requests, limits, strict=True) if limit > 0}
-        limit_of = {
-            shadow: limit
-            for request, limit in wanted.items()
-            if (shadow := self._follow(request, limit, wanted)) is not None
+        wanted = {
+            request: limit
+            for request, limit in zip(requests, limits, strict=True)
+            if limit > 0 and self._follow(request)
         }
-        launched = self._catch_up(list(limit_of))
-        drafting = [shadow for shadow in limit_of if shadow.num_to_compute == 0]
-        for num_drafts in range(1, max((limit_of[shadow] for shadow in drafting), default=0)):
-            # each reads on the device what the step before has sampled there
+        drafting = self._catch_up(wanted)
+        launched = []
+        for num_drafts in range(max((wanted[request] for request in drafting), default=0)):
+            # each step reads on the device what the one before has sampled there
             rows = [
-                PlannedRow(shadow, len(shadow.tokens) + num_drafts - 1, 1, samples=True)
-                for shadow in drafting
-                if limit_of[shadow] > num_drafts
+                _row(request, self._followed[request].num_computed if num_drafts == 0 else end - 1, end)
+                for request in drafting
+                if wanted[request] > num_drafts and (end := len(request.tokens) + num_drafts)
             ]
+            rows.sort(key=lambda row: row.num_tokens > 1)  # single tokens first: backends may treat them apart
             launched.append(self._runner.launch(StepPlan(rows)))
-        for step in launched:
-            for row, tokens in zip(step.plan.rows, step.wait().token_ids, strict=True):
-                row.request.drafts.extend(tokens)
-        for shadow in drafting:
-            shadow.num_computed += len(shadow.drafts) - 1  # all but the last were read as well
-        return [self._drafts(request) if request in wanted else [] for request in requests]
+        self._collect(launched)
+        for request in drafting:
+            followed = self._followed[request]
+            followed.num_computed = len(request.tokens) + len(followed.drafts) - 1  # the last one was not read
+        return [self._guesses(request) if request in wanted else [] for request in requests]
 
     def release(self, request: Request) -> None:
-        shadow = self._shadows.pop(request, None)
-        if shadow is not None:
-            self.blocks.release(shadow.blocks)
+        self._followed.pop(request, None)
 
-    def check(self) -> None:
-        """Prove that no block is lost; for tests."""
-        self.blocks.check([shadow.blocks for shadow in self._shadows.values()])
-
-    def _follow(self, request: Request, limit: int, wanted: dict[Request, int]) -> Request | None:
-        """The request's shadow with the same tokens, and blocks for them and the drafts; None if there are too few."""
-        shadow = self._shadows.get(request)
-        if shadow is None:
-            shadow = Request(
-                request.request_id,
-                (),
-                GREEDY,
-                seed=0,
-                max_total_tokens=self._max_model_len,
-                index=request.index,
-            )
-            self._shadows[request] = shadow
-        shadow.slot = request.slot
-        start = len(shadow.tokens)
-        added = request.tokens[start:]
-        if max(added, default=-1) >= self._vocab_size:  # one of the target's that the draft model does not have
-            self.release(request)
-            return None
-        num_right = _num_equal(shadow.drafts, added)
-        shadow.tokens.extend(added)
-        shadow.drafts = []
+    def _follow(self, request: Request) -> bool:
+        """Find out what of the request is computed; False if it has a token that the draft model does not know."""
+        tokens, followed = request.tokens, self._followed.get(request)
+        if followed is None or followed.epoch != request.num_preemptions:
+            followed = _Followed(request.num_preemptions, *self._contents.num_known(tokens, request.blocks))
+            self._followed[request] = followed
+            added: Sequence[int] = tokens
+        else:
+            added = tokens[followed.num_tokens :]
+            num_right = _num_equal(followed.drafts, added)
+            followed.num_computed = min(followed.num_computed, followed.num_tokens + num_right)
+        followed.num_tokens, followed.drafts = len(tokens), []
+        if max(added, default=-1) >= self._vocab_size:
+            del self._followed[request]
+            return False
         # the last token is computed in any case, for what follows it
-        shadow.num_computed = min(shadow.num_computed, start + num_right, len(shadow.tokens) - 1)
-        self._runner.correct(shadow, shadow.num_computed)
-        while not self.blocks.reserve(shadow.blocks, len(shadow.tokens) + limit - 1):
-            idle = next((other for other in self._shadows if other not in wanted), None)
-            if idle is None:
-                self.release(request)
-                return None
-            self.release(idle)
-        return shadow
+        followed.num_computed = min(followed.num_computed, len(tokens) - 1)
+        self._contents.fill(tokens, request.blocks, followed.num_computed, followed.keys)
+        return True
 
-    def _catch_up(self, shadows: Sequence[Request]) -> list[LaunchedStep]:
-        """Compute what is new to the draft model, in one step of bounded size; who is done has sampled a draft."""
-        rows = []
+    def _catch_up(self, wanted: dict[Request, int]) -> list[Request]:
+        """Compute what is new to the draft model but for the last tokens, in one step of bounded size; returns for whom
+        that was enough. The first draft comes from a step of at most two tokens a row, which may be a graph."""
+        rows, ready = [], []
         budget = self._max_num_batched_tokens
-        for shadow in sorted(shadows, key=lambda shadow: shadow.num_to_compute):
-            num_tokens = min(shadow.num_to_compute, budget)
-            if num_tokens == 0:
-                break
-            budget -= num_tokens
-            done = num_tokens == shadow.num_to_compute
-            rows.append(PlannedRow(shadow, shadow.num_computed, num_tokens, samples=done))
-            shadow.num_computed += num_tokens
-        rows.sort(key=lambda row: row.num_tokens > 1)  # single tokens first: backends may treat them apart
-        return [self._runner.launch(StepPlan(rows))] if rows else []
+        for request in sorted(wanted, key=lambda request: len(request.tokens) - self._followed[request].num_computed):
+            followed, num_tokens = self._followed[request], len(request.tokens)
+            self._contents.overwrite(request.blocks, followed.num_computed, num_tokens + wanted[request])
+            start, end = followed.num_computed, num_tokens - 1
+            if end - start > 1:
+                num_granted = min(end - start, budget)
+                budget -= num_granted
+                if num_granted:
+                    rows.append(_row(request, start, start + num_granted, samples=False))
+                followed.num_computed += num_granted
+            if followed.num_computed >= end - 1:
+                ready.append(request)
+        if rows:
+            rows.sort(key=lambda row: row.num_tokens > 1)
+            self._runner.launch(StepPlan(rows))
+        return ready
 
-    def _drafts(self, request: Request) -> list[int]:
-        """What was sampled now, as far as the target has it: the draft model's vocabulary may be padded further."""
-        drafts = self._shadows[request].drafts if request in self._shadows else []
-        return list(itertools.takewhile(lambda token: token < self._vocab_size, drafts))
+    def _collect(self, launched: Sequence[LaunchedStep]) -> None:
+        for step in launched:
+            for row, tokens in zip(step.plan.rows, step.wait().token_ids, strict=True):
+                self._followed[row.request].drafts.extend(tokens)
+
+    def _guesses(self, request: Request) -> list[int]:
+        """What was drafted now, as far as the target has it: the draft model's vocabulary may be padded further."""
+        return list(itertools.takewhile(lambda token: token < self._vocab_size, self._followed[request].drafts))
+
+
+def _row(request: Request, start: int, end: int, samples: bool = True) -> PlannedRow:
+    return PlannedRow(request, start, end - start, samples, epoch=request.num_preemptions)
 
 
 def check_vocabulary(target: Checkpoint, draft: Checkpoint) -> None:

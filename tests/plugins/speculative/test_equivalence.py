@@ -17,6 +17,7 @@ from octavo.interfaces import DrafterContext, SampleRow
 from octavo.messages import Abort, Submit
 from octavo.plugins import PluginHost
 from octavo.request import Request
+from octavo.runner import Runner
 from octavo.speculation import Speculation
 
 DRAFTERS = ("ngram", "same", "noisy", "other")
@@ -180,7 +181,7 @@ class Parrot:
     def __init__(self, config: EngineConfig, context: DrafterContext) -> None:
         pass
 
-    def start(self, num_blocks: int) -> None:
+    def start(self, target: Runner) -> None:
         pass
 
     def draft(self, requests: Sequence[Request], limits: Sequence[int]) -> list[list[int]]:

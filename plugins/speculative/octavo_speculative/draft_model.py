@@ -43,8 +43,9 @@ class BlockContents:
             keys.append(key)
         return len(keys) * self._block_size, keys
 
-    def overwrite(self, table: Sequence[int], start: int, end: int) -> None:
-        """Tokens ``start`` to ``end`` of the sequence are about to be computed."""
+    def overwrite(self, table: Sequence[int], start: int, end: int, keys: list[int]) -> None:
+        """Tokens ``start`` to ``end`` of the sequence are about to be computed; ``keys`` are cut accordingly."""
+        del keys[start // self._block_size :]
         for block in table[start // self._block_size : -(-end // self._block_size)]:
             self._keys[block] = None
 
@@ -124,6 +125,7 @@ class DraftModel:
         for request in drafting:
             followed = self._followed[request]
             followed.num_computed = len(request.tokens) + len(followed.drafts) - 1  # the last one was not read
+            self._contents.fill(request.tokens, request.blocks, len(request.tokens), followed.keys)
         return [self._guesses(request) if request in wanted else [] for request in requests]
 
     def release(self, request: Request) -> None:
@@ -146,7 +148,6 @@ class DraftModel:
             return False
         # the last token is computed in any case, for what follows it
         followed.num_computed = min(followed.num_computed, len(tokens) - 1)
-        self._contents.fill(tokens, request.blocks, followed.num_computed, followed.keys)
         return True
 
     def _catch_up(self, wanted: dict[Request, int]) -> list[Request]:
@@ -156,7 +157,7 @@ class DraftModel:
         budget = self._max_num_batched_tokens
         for request in sorted(wanted, key=lambda request: len(request.tokens) - self._followed[request].num_computed):
             followed, num_tokens = self._followed[request], len(request.tokens)
-            self._contents.overwrite(request.blocks, followed.num_computed, num_tokens + wanted[request])
+            self._contents.overwrite(request.blocks, followed.num_computed, num_tokens + wanted[request], followed.keys)
             start, end = followed.num_computed, num_tokens - 1
             if end - start > 1:
                 num_granted = min(end - start, budget)
@@ -164,6 +165,7 @@ class DraftModel:
                 if num_granted:
                     rows.append(_row(request, start, start + num_granted, samples=False))
                 followed.num_computed += num_granted
+                self._contents.fill(request.tokens, request.blocks, followed.num_computed, followed.keys)
             if followed.num_computed >= end - 1:
                 ready.append(request)
         if rows:

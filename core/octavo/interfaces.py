@@ -398,8 +398,9 @@ class Drafter(Protocol):
         """Take the memory, for ``target.num_blocks`` blocks. Once, before the first draft."""
         ...
 
-    def draft(self, requests: Sequence[Request], limits: Sequence[int]) -> list[list[int]]:
-        """Up to ``limits[i]`` guesses for what follows ``requests[i].tokens``; may be fewer or none.
+    def draft(self, requests: Sequence[Request], limits: Sequence[int]) -> Sequence[list[int] | None]:
+        """Up to ``limits[i]`` guesses for what follows ``requests[i].tokens``; may be fewer or none. None instead of a
+        list: there will be guesses after another call or more, so that their absence says nothing of their quality.
 
         All tokens of the requests are on the host, all requests hold a slot and blocks for their tokens and as many
         guesses, and none of them changes here. Between two calls a request may have grown by any number of tokens, and

@@ -135,8 +135,11 @@ class Runner:
         num_drafts: int = 0,
         beside: Runner | None = None,
     ) -> None:
-        """``num_drafts``: how many of a row's tokens are drafts at most. A runner ``beside`` another one shares its slots
-        and so its requests, their tokens and block tables, and always takes the most likely token."""
+        """Of a row's tokens ``num_drafts`` are drafts at most.
+
+        A runner ``beside`` another shares its slots, and so its requests, their tokens and block tables; it always
+        takes the most likely token.
+        """
         self.model = model
         self.backend = backend
         self.placement = placement
@@ -269,7 +272,9 @@ class Runner:
         if self._is_plain(rows):
             return self._launched(plan, rows, output.tokens[where], None, (), {})
         drafts = output.drafts[where]
-        self._keep(rows, drafts)  # others than the most likely tokens are chosen, and the drafts are part of the history
+        self._keep(
+            rows, drafts
+        )  # others than the most likely tokens are chosen, and the drafts are part of the history
         tokens, logprobs, entries = self._choose(plan.rows, rows, output.logits[where])
         self._keep(rows, tokens)
         if rows.has_drafts:

@@ -101,7 +101,9 @@ class VerifyGraphs:
                     graph.capture_end()
             self._captured[shape] = graph, output
         seconds = time.perf_counter() - started
-        logger.info("captured %d graphs of up to %d tokens a row in %.2f s", len(self._shapes), self._max_query_len, seconds)
+        logger.info(
+            "captured %d graphs of up to %d tokens a row in %.2f s", len(self._shapes), self._max_query_len, seconds
+        )
 
     def find(self, query_lens: np.ndarray) -> VerifyShape | None:
         """The smallest shape with room for rows of so many tokens [num_rows]."""

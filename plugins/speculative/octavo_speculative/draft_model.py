@@ -104,7 +104,7 @@ class DraftModel:
         self._runner = self._model.make_runner_beside(target)
         self._contents = BlockContents(target.num_blocks, self._block_size)
 
-    def draft(self, requests: Sequence[Request], limits: Sequence[int]) -> list[list[int]]:
+    def draft(self, requests: Sequence[Request], limits: Sequence[int]) -> list[list[int] | None]:
         wanted = {
             request: limit
             for request, limit in zip(requests, limits, strict=True)
@@ -126,7 +126,10 @@ class DraftModel:
             followed = self._followed[request]
             followed.num_computed = len(request.tokens) + len(followed.drafts) - 1  # the last one was not read
             self._contents.fill(request.tokens, request.blocks, len(request.tokens), followed.keys)
-        return [self._guesses(request) if request in wanted else [] for request in requests]
+        reading = wanted.keys() - set(drafting)
+        return [
+            None if request in reading else self._guesses(request) if request in wanted else [] for request in requests
+        ]
 
     def release(self, request: Request) -> None:
         self._followed.pop(request, None)

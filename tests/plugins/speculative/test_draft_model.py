@@ -53,7 +53,7 @@ class Beside:
         first = slot * BLOCKS_EACH
         request.blocks = list(range(first, first + BLOCKS_EACH // self._target.block_size))
 
-    def draft(self, requests: Sequence[Request], limits: Sequence[int]) -> list[list[int]]:
+    def draft(self, requests: Sequence[Request], limits: Sequence[int]) -> list[list[int] | None]:
         for request in requests:  # the target has sampled them there
             self._target._tokens.write(request.slot, 0, request.tokens)
         return self.drafter.draft(requests, limits)
@@ -87,6 +87,7 @@ def test_drafts_are_the_draft_models_own_continuation(
         asked = [request for request in requests if source.random() < 0.7]
         limits = [source.randint(0, 4) for _ in asked]
         for request, limit, drafts in zip(asked, limits, beside.draft(asked, limits), strict=True):
+            assert drafts is not None
             assert drafts == greedy(reference, request.tokens, limit)
             last[request.request_id] = drafts
         for request in requests:
@@ -105,7 +106,7 @@ def test_a_long_prompt_is_read_in_pieces(models: Models, reference: LlamaForCaus
     long = beside.request("long", [i * 7 % VOCAB_SIZE for i in range(20)], 0)
     short = beside.request("short", [1, 2, 3], 1)
     found = [beside.draft([long, short], [2, 2]) for _ in range(4)]
-    assert found[0] == [[], greedy(reference, short.tokens, 2)]
+    assert found[0] == [None, greedy(reference, short.tokens, 2)]
     assert found[-1] == [greedy(reference, long.tokens, 2), greedy(reference, short.tokens, 2)]
 
 

@@ -1,9 +1,9 @@
 """What speculation brings on one GPU, by acceptance and batch: ``python benchmarks/speculation.py [--save FILE]``.
 
-The target has the shape of Llama-3.1-8B and random weights, but the layers after its first few add nothing: their output
-projections are zero, while every kernel does its full work. So a draft of those first layers shares its distribution,
-and noise on the draft's output head sets how often its guesses are right. Everything is greedy. Speeds are compared with
-the same engine without speculation, on the same prompts.
+The target has the shape of Llama-3.1-8B and random weights, but the layers after its first few add nothing: their
+output projections are zero, while every kernel does its full work. So a draft of those first layers shares its
+distribution, and noise on the draft's output head sets how often its guesses are right. Everything is greedy. Speeds
+are those of whole runs with cached prompts, compared with the same engine without speculation.
 """
 
 from __future__ import annotations

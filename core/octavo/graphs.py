@@ -11,14 +11,14 @@ import bisect
 import enum
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from octavo.batch import RowArrays
+from octavo.rows import RowArrays
 from octavo.sampling import Draws
 
 logger = logging.getLogger(__name__)
@@ -179,6 +179,11 @@ class StepGraphs:
                 return False
         logger.info("captured %d CUDA graphs in %.2f s", len(shapes), time.perf_counter() - started)
         return True
+
+    @property
+    def captured(self) -> Collection[StepShape]:
+        """The shapes that have a graph so far."""
+        return self._captured.keys()
 
     def find(self, rows: RowArrays, choice: Choice) -> StepShape | None:
         """The shape to replay for a step, captured now if it is not yet; None: it has to run without a graph."""

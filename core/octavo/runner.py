@@ -14,12 +14,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from octavo.batch import ForwardBatch, PlannedRow, RowArrays, StepPlan
+from octavo.batch import ForwardBatch, PlannedRow, StepPlan
 from octavo.graphs import Choice, StepGraphs, StepInputs, StepShape, StepShapes
 from octavo.interfaces import AttentionBackend, AttentionSpec, LogitsProcessor, Model, Placement, SampleRow
 from octavo.layers.attention import ForwardContext
 from octavo.messages import TokenLogprobs
 from octavo.request import Request
+from octavo.rows import RowArrays
 from octavo.sampling import (
     REJECTED,
     LogprobTensors,
@@ -38,7 +39,7 @@ PROMPT_LOGPROB_ROWS = 256  # logits of this many prompt positions exist at once
 class StepResult:
     """What a step brought, on the host; lists are parallel to the plan's rows."""
 
-    token_ids: Sequence[Sequence[int]]
+    token_ids: Sequence[list[int]]
     logprobs: Sequence[Sequence[TokenLogprobs] | None]
     prompt_logprobs: dict[int, list[TokenLogprobs]] = field(default_factory=dict)  # row -> from position start + 1 on
 
@@ -92,7 +93,7 @@ class LaunchedStep:
             self.ready.synchronize()
         rows = self.plan.rows
         token_ids: list[list[int]] = [[] for _ in rows]
-        logprobs: list[list[TokenLogprobs] | None] = [None for _ in rows]
+        logprobs: list[list[TokenLogprobs] | None] = [None] * len(rows)
         for row, token in zip(self.sampled, self.tokens.tolist(), strict=True):
             if token != REJECTED:
                 token_ids[row].append(token)

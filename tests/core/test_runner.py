@@ -17,12 +17,13 @@ from torch import Tensor
 import octavo.runner
 import octavo.startup
 from octavo.attention.torch_backend import TorchAttention
-from octavo.batch import ForwardBatch, PlannedRow, RowArrays
+from octavo.batch import ForwardBatch, PlannedRow
 from octavo.config import EngineConfig
 from octavo.engine import Engine
 from octavo.graphs import Choice, StepGraphs, StepInputs, StepShape, StepShapes
 from octavo.messages import Submit
 from octavo.request import Request, SamplingParams
+from octavo.rows import RowArrays
 from octavo.runner import Runner
 from octavo.speculation import FixedController, Speculation
 from octavo.startup import build_engine, resolve

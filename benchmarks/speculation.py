@@ -30,7 +30,7 @@ from octavo.messages import Command, Shutdown, StepOutputs, Submit
 from octavo.request import SamplingParams
 from octavo.speculation import AdaptiveController, Controller, FixedController, NoSpeculation, Speculation
 from octavo.startup import build_engine, resolve
-from octavo_speculative.draft_model import BlockContents
+from octavo_speculative.beside import BlockContents
 
 NUM_DRAFT_LAYERS = 3  # 2.4 GB of 15: about the part of a model of a billion parameters
 ACCEPTANCES = (0.0, 0.6, 0.8, 1.0)

@@ -46,7 +46,7 @@ class BlockManager:
         return True
 
     def lookup(self, tokens: Sequence[int], salt: bytes) -> list[int]:
-        """The blocks that hold the leading full blocks of ``tokens``, or are promised to; references stay as they are."""
+        """The blocks that hold the leading full blocks of ``tokens``, or are promised to; no reference changes."""
         return self.prefix_cache.lookup(tokens, salt)
 
     def share(self, found: Sequence[int]) -> list[int]:

@@ -139,7 +139,10 @@ def cost(bench: Bench) -> dict[str, float]:
             bench.caching(on)
             best[name] = min(best[name], bench.seconds(bench.trace(bench.sizes.num_trace)))
     slower = best["with"] / best["without"] - 1
-    print(f"nothing found: {best['with']:.3f} s with the cache, {best['without']:.3f} s without, {slower:+.2%}", flush=True)
+    print(
+        f"nothing found: {best['with']:.3f} s with the cache, {best['without']:.3f} s without, {slower:+.2%}",
+        flush=True,
+    )
     return {**best, "slower": slower}
 
 

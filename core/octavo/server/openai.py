@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Iterator, Sequence
+import uuid
+from collections.abc import Sequence
 from typing import Any
 
 import msgspec
@@ -159,7 +160,10 @@ async def collect(generation: Generation, answer: Answer, params: SamplingParams
 
 
 class StreamWriter:
-    """Deltas to server-sent events: a chunk for each that has something to say, usage if asked for, the end mark."""
+    """Deltas to server-sent events: a chunk for each that has something to say, usage if asked for, the end mark.
+
+    Nearly all events of a choice differ in their text alone: what stands around it is written once.
+    """
 
     def __init__(self, answer: Answer, num_samples: int, options: StreamOptions | None) -> None:
         self._answer = answer
@@ -167,12 +171,13 @@ class StreamWriter:
         self._with_usage = options is not None and bool(options.include_usage)
         self._running_usage = options is not None and bool(options.continuous_usage_stats)
         self._usage = Usage(answer.prompts)
+        self._frames: dict[int, tuple[bytes, bytes]] = {}  # by choice
 
     def events(self, arrived: Sequence[Arrival]) -> bytes:
         """What has come, as events; empty when it has nothing to say yet."""
         for prompt, delta in arrived:  # a step's samples may be in any order, and the first one has these for all
             self._answer.remember(prompt, delta.prompt_logprobs)
-        return b"".join([event for prompt, delta in arrived for event in self._chunks(prompt, delta)])
+        return b"".join([self._event(prompt, delta) for prompt, delta in arrived])
 
     def end(self) -> bytes:
         """The last events."""
@@ -180,12 +185,25 @@ class StreamWriter:
             return _event({**self._answer.empty_chunk(), "usage": self._usage.content()}) + DONE
         return DONE
 
-    def _chunks(self, prompt: int, delta: CompletionDelta) -> Iterator[bytes]:
+    def _event(self, prompt: int, delta: CompletionDelta) -> bytes:
         self._usage.count(prompt, len(delta.token_ids), delta.num_cached_tokens)
-        for chunk in self._answer.chunks(prompt * self._num_samples + delta.index, prompt, delta):
-            if self._with_usage:
+        index = prompt * self._num_samples + delta.index
+        frame = self._frames.get(index)
+        if frame is not None and delta.logprobs is None and delta.finish_reason is None:
+            return _encode(delta.text).join(frame) if delta.text else b""
+        events = self._chunks(index, prompt, delta)
+        if frame is None and not self._running_usage and self._answer.differs_in_text_alone(delta):
+            mark = uuid.uuid4().hex
+            before, after = self._chunks(index, prompt, CompletionDelta(delta.index, mark, [])).split(_encode(mark))
+            self._frames[index] = before, after
+        return events
+
+    def _chunks(self, index: int, prompt: int, delta: CompletionDelta) -> bytes:
+        chunks = self._answer.chunks(index, prompt, delta)
+        if self._with_usage:
+            for chunk in chunks:
                 chunk["usage"] = self._usage.content() if self._running_usage else None
-            yield _event(chunk)
+        return b"".join(map(_event, chunks))
 
 
 class EventStream(Response):
@@ -226,5 +244,8 @@ class EventStream(Response):
         return self._writer.end()
 
 
+_encode = msgspec.json.Encoder().encode
+
+
 def _event(content: dict[str, Any]) -> bytes:
-    return b"data: " + msgspec.json.encode(content) + b"\n\n"
+    return b"data: " + _encode(content) + b"\n\n"

@@ -221,8 +221,9 @@ def _call_sinks(deliveries: list[Delivery]) -> None:
 
 
 def _require_tokens(what: str, token_ids: Iterable[int], vocab_size: int, param: str) -> None:
-    unknown = sorted({token_id for token_id in token_ids if not 0 <= token_id < vocab_size})
-    if unknown:
+    ids = set(token_ids)
+    if ids and not (min(ids) >= 0 and max(ids) < vocab_size):
+        unknown = sorted(token_id for token_id in ids if not 0 <= token_id < vocab_size)
         raise RequestError(
             f"{what} names tokens that are not in the vocabulary (0 to {vocab_size - 1}): "
             f"{', '.join(map(str, unknown))}",

@@ -6,7 +6,7 @@ import asyncio
 import time
 import uuid
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import msgspec
 from fastapi import APIRouter, Request
@@ -62,7 +62,7 @@ def make_router(service: Service) -> APIRouter:
         model = service.check_model(body.model)
         params = completion_params(body, service.config.sampling_defaults)
         given = prompts_of(body.prompt)
-        prompts = await asyncio.to_thread(encode_prompts, service.text, given, body.add_special_tokens is not False)
+        prompts = await encode_prompts(service.text, given, body.add_special_tokens is not False)
         echoes = await asyncio.to_thread(echoed_texts, service.text, given, prompts) if body.echo else []
         answer = CompletionAnswer(model, service.fingerprint, body, prompts, echoes)
         return await respond(service, request, body, answer, params, principal)
@@ -97,8 +97,14 @@ def make_models_router(service: Service) -> APIRouter:
     return router
 
 
-def encode_prompts(text: TextProcessor, prompts: Sequence[Prompt], add_special_tokens: bool) -> list[list[int]]:
-    """Token ids of each prompt; texts inside a list of ids are encoded where they stand."""
+async def encode_prompts(text: TextProcessor, prompts: Sequence[Prompt], add_special_tokens: bool) -> list[list[int]]:
+    """Token ids of each prompt; texts inside a list of ids are encoded where they stand. In a thread, if any are."""
+    if all(isinstance(prompt, list) and set(map(type, prompt)) == {int} for prompt in prompts):
+        return cast("list[list[int]]", prompts)
+    return await asyncio.to_thread(_encode_prompts, text, prompts, add_special_tokens)
+
+
+def _encode_prompts(text: TextProcessor, prompts: Sequence[Prompt], add_special_tokens: bool) -> list[list[int]]:
     encoded = []
     for prompt in prompts:
         if isinstance(prompt, str):
@@ -225,7 +231,8 @@ class EventStream(Response):
         """The ASGI application."""
         try:
             await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
-            last = await self._send_events(send)
+            # a task of its own: to wake it for every token is not to pass through every layer of middleware
+            last = await asyncio.create_task(self._send_events(send))
             await send({"type": "http.response.body", "body": last})
         except ClientGone:
             pass  # there is nobody to tell

@@ -6,7 +6,6 @@ It knows tokens, not text, and talks to its client in the messages of :mod:`octa
 from __future__ import annotations
 
 import time
-from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -27,17 +26,14 @@ from octavo.runner import LaunchedStep, Runner, StepResult
 from octavo.scheduler import Scheduler, SettledRow
 from octavo.speculation import Drafted, NoSpeculation
 
-LAUNCH_MARGIN = 0.0005  # seconds by which a step is launched earlier than the device needs it
-
 
 @dataclass(frozen=True, slots=True)
 class InFlight:
     """A step that was launched and not settled yet."""
 
     launched: LaunchedStep
-    started: float  # when its scheduling began, time.perf_counter()
+    started: float
     drafted: Drafted
-    launched_at: float = 0.0  # when the device had it
 
 
 class Engine:
@@ -64,9 +60,6 @@ class Engine:
         self._speculation = speculation or NoSpeculation()
         self._max_num_waiting = max_num_waiting
         self._last_settled = 0.0
-        self._last_ready = 0.0
-        self._host_is_late = False  # the newest step was done before anybody waited for it
-        self._decode_seconds: deque[float] = deque([0.0], maxlen=4)  # of the newest steps that were decodes only
         self._ended: list[SequenceOutput] = []  # ended outside a step: aborted or refused
 
     # --- requests ----------------------------------------------------------------------------------------------------
@@ -139,28 +132,15 @@ class Engine:
         if drafted is None:
             return None
         plan = self.scheduler.schedule()
-        return InFlight(self.runner.launch(plan), started, drafted, time.perf_counter()) if plan else None
-
-    def patience(self, step: InFlight | None) -> float:
-        """Seconds that the next launch may wait while this step is under way: until shortly before the device would run
-        dry. Whoever arrives meanwhile can still join. Nothing to spare when others wait already."""
-        if step is None or self._host_is_late or self.scheduler.waiting:
-            return 0.0
-        end = max(step.launched_at, self._last_ready) + min(self._decode_seconds)
-        return max(0.0, end - 2 * (step.launched_at - step.started) - LAUNCH_MARGIN - time.perf_counter())
+        return InFlight(self.runner.launch(plan), started, drafted) if plan else None
 
     def settle(self, step: InFlight | None) -> StepOutputs:
         """Take in a launched step's results; with None, only what ended outside a step."""
         sequences, self._ended = self._ended, []
         if step is None:
             return StepOutputs(sequences, self._stats(StepStats()))
-        plan = step.launched.plan
-        self._host_is_late = step.launched.is_done()
         result = step.launched.wait()
-        ready = time.perf_counter()
-        if plan.num_tokens == len(plan.rows):
-            self._decode_seconds.append(ready - max(step.launched_at, self._last_ready))
-        self._last_ready = ready
+        plan = step.launched.plan
         items = self.scheduler.settle(plan, result.token_ids)
         settled = {id(item.row): item for item in items}
         for index, row in enumerate(plan.rows):

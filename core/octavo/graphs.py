@@ -280,10 +280,15 @@ class StepGraphs:
             self._capturable[kind] = self._can_capture(lambda: self._step(inputs, shape))
         if not self._capturable[kind]:
             return None
-        self._captured[shape] = _Captured(flat, *self._capture(inputs, shape))
-        return self._captured[shape]
+        try:
+            self._captured[shape] = _Captured(flat, *self._capture(inputs, shape))
+        except RuntimeError as error:  # what is not allowed in a capture, or no memory left: steps go on without
+            logger.warning("no CUDA graph for %s: %s", shape, str(error).splitlines()[0])
+            self._capturable[kind] = False
+        return self._captured.get(shape)
 
     def _can_capture(self, run: Callable[[], object]) -> bool:
+        """Whether ``run`` never waits for the device; logs it if it does."""
         run()  # compiles and allocates what only the first run does
         before = torch.cuda.get_sync_debug_mode()
         torch.cuda.set_sync_debug_mode("error")

@@ -19,6 +19,7 @@ from octavo.blocks import BlockManager
 from octavo.config import DType, EngineConfig
 from octavo.engine import Engine
 from octavo.errors import ConfigError
+from octavo.graphs import StepShapes
 from octavo.hooks import KernelProvider, Provider
 from octavo.interfaces import (
     AttentionBackend,
@@ -486,7 +487,11 @@ def _measure_activations(
     if not use_graphs:
         return Activations(peak)
     decode = decode_step(config.max_num_seqs, config.block_size)
-    return Activations(peak, measure_peak(device, lambda: runner.launch(decode)) + GRAPHS_RESERVE)
+    graphs = measure_peak(device, lambda: runner.launch(decode))
+    if num_drafts:  # a captured step with drafts has more tokens, and a draft model has graphs of its own
+        num_tokens = min(config.max_num_seqs * (1 + num_drafts), StepShapes.MAX_SHORT_TOKENS)
+        graphs += graphs * num_tokens // config.max_num_seqs
+    return Activations(peak, graphs + GRAPHS_RESERVE)
 
 
 def estimate_activations(

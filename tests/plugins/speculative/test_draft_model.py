@@ -214,7 +214,7 @@ def test_vocabularies_that_are_padded_differently_work(models: Models, tmp_path:
         ({"method": "ngram", "model": "MODEL"}, "--speculative-model .* ngram has none"),
         ({"method": "ngram", "quantization": "awq"}, "--speculative-quantization awq"),
         ({"method": "ngram", "dtype": "float16"}, "--speculative-dtype float16"),
-        ({"method": "crystal-ball"}, "no drafter is called 'crystal-ball'; there are: draft-model, ngram"),
+        ({"method": "crystal-ball"}, "no drafter is called 'crystal-ball'; there are: draft-model, eagle, ngram"),
     ],
 )
 def test_settings_that_do_not_go_together_are_refused(

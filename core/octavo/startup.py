@@ -258,7 +258,6 @@ def build_engine(resolved: Resolved) -> Engine:
         info,
         speculation=speculation,
         overlap=device.type == "cuda" if config.overlap is None else config.overlap,
-        max_num_waiting=config.max_num_waiting,
     )
 
 

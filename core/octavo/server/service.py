@@ -272,8 +272,8 @@ class Service:
         limit = num_running + self.config.max_num_waiting
         if num_samples > limit:
             raise RequestError(
-                f"the request asks for {num_samples} sequences at once, but at most {limit} may run and wait; send several "
-                f"requests"
+                f"the request asks for {num_samples} sequences at once, but at most {limit} may run or wait; send "
+                f"several requests"
             )
         if num_open + num_samples > limit:
             raise RequestError(

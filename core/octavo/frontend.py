@@ -231,8 +231,9 @@ def _call_sinks(deliveries: list[Delivery]) -> None:
 
 
 def _require_tokens(what: str, token_ids: Iterable[int], vocab_size: int, param: str) -> None:
-    unknown = sorted({token_id for token_id in token_ids if not 0 <= token_id < vocab_size})
-    if unknown:
+    ids = set(token_ids)
+    if ids and not (min(ids) >= 0 and max(ids) < vocab_size):
+        unknown = sorted(token_id for token_id in ids if not 0 <= token_id < vocab_size)
         raise RequestError(
             f"{what} names tokens that are not in the vocabulary (0 to {vocab_size - 1}): "
             f"{', '.join(map(str, unknown))}",
@@ -276,11 +277,12 @@ class _OpenRequest:
 
     def push(self, output: SequenceOutput) -> CompletionDelta | None:
         """What a step brought to one sample; None when there is nothing to tell yet."""
-        self.num_cached = max(self.num_cached, output.num_cached_tokens)
-        sample = self.samples[output.index]
+        if output.num_cached_tokens:
+            self.num_cached = output.num_cached_tokens
         if self._only_scores:
             output = _without_tokens(output)
-        delta = sample.push(output, self._prompt_logprobs(output.prompt_logprobs))
+        prompt_logprobs = None if output.prompt_logprobs is None else self._prompt_logprobs(output.prompt_logprobs)
+        delta = self.samples[output.index].push(output, prompt_logprobs)
         if delta is None:
             return None
         self.num_output += len(delta.token_ids)
@@ -304,9 +306,7 @@ class _OpenRequest:
             timing = next((found for sample in self.samples if (found := sample.measured(now)) is not None), None)
         return RequestSummary(submit.request_id, len(submit.prompt), self.num_cached, self.num_output, reason, timing)
 
-    def _prompt_logprobs(self, logprobs: list[TokenLogprobs | None] | None) -> list[PositionLogprobs | None] | None:
-        if logprobs is None:
-            return None
+    def _prompt_logprobs(self, logprobs: list[TokenLogprobs | None]) -> list[PositionLogprobs | None]:
         pieces = Detokenizer(self._text, skip_special_tokens=False)
         texts = [pieces.push((token_id,)) for token_id in self._submit.prompt]
         return [
@@ -355,7 +355,18 @@ class _Sample:
         self, output: SequenceOutput, prompt_logprobs: list[PositionLogprobs | None] | None
     ) -> CompletionDelta | None:
         """See :meth:`_OpenRequest.push`."""
-        self._timing = output.timing or self._timing
+        if output.timing is not None:
+            self._timing = output.timing
+        if self._stops is None and output.finish_reason is None and output.logprobs is None and output.token_ids:
+            # most deltas of all: nothing is held back, nothing ends
+            text = self._detokenizer.push(output.token_ids)
+            return CompletionDelta(
+                self.index,
+                text,
+                output.token_ids,
+                prompt_logprobs=prompt_logprobs,
+                num_cached_tokens=output.num_cached_tokens,
+            )
         reason = output.finish_reason
         stop_reason: str | int | None = output.stop_token_id
         if self._stops is None and output.logprobs is None:  # nothing is ever held back

@@ -69,6 +69,16 @@ class Answer(ABC):
     def chunks(self, index: int, prompt: int, delta: CompletionDelta) -> list[dict[str, Any]]:
         """The chunks that a delta of the choice ``index`` becomes: none when it has nothing to say yet."""
 
+    def differs_in_text_alone(self, delta: CompletionDelta) -> bool:
+        """Whether the chunks of this choice that say only text, from now on, are all alike but for it.
+
+        ``delta`` is one whose chunks have been written.
+        """
+        body = self._body
+        return (
+            bool(delta.text) and delta.logprobs is None and not body.return_token_ids and body.prompt_logprobs is None
+        )
+
     def empty_chunk(self) -> dict[str, Any]:
         """The chunk that carries nothing but usage."""
         return self._piece(self.chunk_object, [])

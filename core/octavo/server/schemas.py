@@ -326,7 +326,7 @@ def prompts_of(prompt: str | list[Any]) -> list[Prompt]:
             raise RequestError("a prompt must be a text or a list of token ids", param="prompt")
         if not one:
             raise RequestError("a prompt must not be empty", param="prompt")
-        if isinstance(one, list) and not all(isinstance(part, str) or _is_token(part) for part in one):
+        if isinstance(one, list) and not set(map(type, one)) <= {int, str}:
             raise RequestError("a prompt that is a list holds token ids and texts only", param="prompt")
     return prompts
 

@@ -159,6 +159,7 @@ class CompletionAnswer(Answer):
     ) -> None:
         super().__init__(model, fingerprint, body, prompts)
         self._echoes = echoes
+        self._with_logprobs = body.logprobs is not None
         self._offsets: dict[int, int] = {}
 
     def whole(self, completions: Sequence[tuple[int, int, Completion]]) -> dict[str, Any]:
@@ -181,9 +182,9 @@ class CompletionAnswer(Answer):
             "finish_reason": part.finish_reason,
             "stop_reason": part.stop_reason,
         }
-        if part.logprobs is not None:
+        if self._with_logprobs and (echo or part.logprobs is not None):
             echoed = self._prompt_logprobs.get(prompt, ()) if echo else ()
-            choice["logprobs"] = self._logprobs(index, echo, echoed, part.logprobs)
+            choice["logprobs"] = self._logprobs(index, echo, echoed, part.logprobs or ())
         if self._body.return_token_ids:
             choice["token_ids"] = part.token_ids
             if first:

@@ -203,6 +203,7 @@ class AdaptiveController:
     def __init__(self, num_tokens: int) -> None:
         self._num_tokens = num_tokens
         self._seconds: dict[tuple[int, int], _Average] = {}
+        self._last_plain: dict[int, float] = {}
         # where sequences have different numbers: what the largest counts for, beside the mean
         self._weights: dict[int, _Average] = {}
         self._rates: dict[Hashable, _Rate] = {}
@@ -226,10 +227,15 @@ class AdaptiveController:
         self._seen = True
 
     def measure(self, limits: Sequence[int], seconds: float, num_tokens: int) -> float:
-        depth, plain = max(limits), self._time(len(limits), 0)
+        depth, plain, size = max(limits), self._time(len(limits), 0), _size_class(len(limits))
         gain = 0.0
-        if depth and plain is not None:
-            gain = plain * num_tokens / len(limits) - seconds
+        if not depth:
+            self._last_plain[size] = seconds
+        elif plain is not None:
+            # Others may take less of the machine than when plain steps were measured. That is no gain of drafts: a step
+            # with them cannot take less than one without.
+            plain = min(plain, self._last_plain[size])
+            gain = plain * num_tokens / len(limits) - max(seconds, plain)
         self._debt = max(0.0, self._debt - gain - self.ALLOWANCE * seconds)
         self._num_trials += bool(self._num_drafting) and not depth
         self._num_drafting = self._num_drafting + 1 if depth else 0
@@ -293,7 +299,7 @@ class AdaptiveController:
             or 0 < self._num_plain < self.NUM_PLAIN
         ):
             return nothing
-        may_try = not self._debt or 0 < self._num_drafting < self.TRIAL
+        may_try = 0 < self._num_drafting < self.TRIAL or (not self._num_drafting and not self._debt)
         few = self._few(num_sequences) if may_try else nothing
         if not self._seen:
             return few * self._num_tokens
@@ -314,7 +320,7 @@ class AdaptiveController:
             limits = _worth(powers[:, :depth], (seconds - plain) / (plain * depth))
             mean = self._time(num_sequences, float(limits.mean()))
             assert mean is not None
-            seconds = mean + (seconds - mean) * weight
+            seconds = max(plain, mean + (seconds - mean) * weight)
             gain = float(num_tokens[np.arange(num_sequences), limits - 1].mean()) * plain / seconds
             if gain > best:
                 best, chosen = gain, limits

@@ -132,6 +132,14 @@ def test_sequences_whose_drafts_are_right_get_more_than_others() -> None:
     assert limits[:, 4:].mean() < 1.5
 
 
+def test_a_machine_that_has_become_faster_makes_no_drafts_good() -> None:
+    """Others left it, so that steps with drafts take less than plain ones did."""
+    controller, machine = AdaptiveController(MAX_TOKENS), Machine([0.0] * 4, draft=1.0)
+    machine.run(controller, 200)
+    machine.base, machine.draft = machine.base / 4, machine.draft / 4
+    assert machine.run(controller, 200) > 0.98
+
+
 def test_each_batch_size_has_its_own_measurements() -> None:
     controller = AdaptiveController(MAX_TOKENS)
     small, large = Machine([0.6] * 2), Machine([0.6] * 128, base=1.0, slope=1.0)

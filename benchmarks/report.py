@@ -108,6 +108,7 @@ def gpu(result: Result) -> Iterator[str]:
 
 KINDS: Mapping[str, Callable[[Result], Iterator[str]]] = {
     "cpu": cpu,
+    "cpu_llamacpp": cpu,
     "gpu": gpu,
     "kernels": kernels,
     "server_path": server_path,

@@ -3,6 +3,7 @@
     OMP_NUM_THREADS=1 python benchmarks/cpu.py                    # SmolLM2-135M's shape with random weights
     OMP_NUM_THREADS=1 python benchmarks/cpu.py --model FOLDER     # a checkpoint in Hugging Face's format
     OMP_NUM_THREADS=1 python benchmarks/cpu.py --gguf FILE        # adds llama.cpp, where llama_cpp can be imported
+    OMP_NUM_THREADS=1 python benchmarks/cpu.py --model FOLDER --quantized gptq=FOLDER fp8=FOLDER
 
 Everything is CPU seconds of this process (a shared machine changes them less than the wall clock), greedy, with
 end-of-sequence ignored. Decoding is from --prompt-len to --prompt-len + --output-len tokens of context, all sequences
@@ -247,6 +248,7 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, help="a checkpoint; default: SmolLM2-135M's shape with random weights")
     parser.add_argument("--gguf", type=Path, help="the same model for llama.cpp")
+    parser.add_argument("--quantized", nargs="+", default=[], metavar="NAME=FOLDER", help="served in bfloat16, too")
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=DTYPES)
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 8, 32])
     parser.add_argument("--prompt-len", type=int, default=64)
@@ -261,10 +263,10 @@ def parse() -> argparse.Namespace:
 def main() -> None:
     arguments = parse()
     torch.set_num_threads(1)
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as invented:
         model = arguments.model
         if model is None:
-            model = Path(folder)
+            model = Path(invented)
             (model / "config.json").write_text(json.dumps(SMOLLM2_135M))
         dummy = arguments.model is None
         makers: dict[str, Callable[[], Octavo | Transformers | LlamaCpp]] = {}
@@ -272,6 +274,9 @@ def main() -> None:
             makers[f"octavo {dtype}"] = functools.partial(Octavo, model, dtype, dummy)
             if not arguments.no_peers:
                 makers[f"transformers {dtype}"] = functools.partial(Transformers, model, dtype, dummy)
+        for named in arguments.quantized:
+            name, _, folder = named.partition("=")
+            makers[f"octavo {name}"] = functools.partial(Octavo, Path(folder), "bfloat16", False)
         if arguments.gguf is not None:
             makers[f"llama.cpp {arguments.gguf.stem}"] = functools.partial(LlamaCpp, arguments.gguf)
         engines = {name: make() for name, make in makers.items()}

@@ -22,7 +22,7 @@ from octavo.messages import (
     samples,
 )
 from octavo.request import FinishReason, Request
-from octavo.runner import LaunchedStep, Runner, StepResult
+from octavo.runner import LaunchedStep, Runner
 from octavo.scheduler import Scheduler, SettledRow
 from octavo.speculation import Drafted, NoSpeculation
 
@@ -51,21 +51,22 @@ class Engine:
         *,
         speculation: NoSpeculation | None = None,
         overlap: bool = False,
-        max_num_waiting: int = 8192,
     ) -> None:
         self.scheduler = scheduler
         self.runner = runner
         self.info = info
         self.overlap = overlap
         self._speculation = speculation or NoSpeculation()
-        self._max_num_waiting = max_num_waiting
         self._last_settled = 0.0
         self._ended: list[SequenceOutput] = []  # ended outside a step: aborted or refused
 
     # --- requests ----------------------------------------------------------------------------------------------------
 
     def submit(self, submit: Submit) -> None:
-        """Queue a request. One that can never run, or for which the queue is full, ends at once with an error."""
+        """Queue a request. One that can never run ends at once with an error.
+
+        The queue has no end here: how many may wait is for whoever takes requests in to decide.
+        """
         try:
             self._check(submit)
         except RequestError as error:
@@ -104,13 +105,6 @@ class Engine:
         num_prompt, limit = len(submit.prompt), self.info.max_model_len
         if not 0 < num_prompt < limit:
             raise RequestError(f"the prompt has {num_prompt} tokens; this engine takes 1 to {limit - 1}")
-        waiting = len(self.scheduler.waiting)
-        if waiting + submit.params.n > self._max_num_waiting:
-            raise RequestError(
-                f"the queue is full: {waiting} requests wait and at most {self._max_num_waiting} may; try again later",
-                status=503,
-                code="queue_full",
-            )
 
     def abort(self, abort: Abort) -> None:
         """End a request or one sample of it; ids that are unknown or finished already are ignored."""
@@ -142,15 +136,21 @@ class Engine:
         result = step.launched.wait()
         plan = step.launched.plan
         items = self.scheduler.settle(plan, result.token_ids)
-        settled = {id(item.row): item for item in items}
-        for index, row in enumerate(plan.rows):
-            item = settled.get(id(row))
-            if item is not None:
-                self._collect_prompt_logprobs(item, result.prompt_logprobs.get(index))
-                sequences.extend(self._report(item, result, index))
+        for item in items:
+            request = item.row.request
+            if request.prompt_logprobs is not None:
+                self._collect_prompt_logprobs(item, result.prompt_logprobs.get(item.index))
+            if item.finish_reason is not None:
+                self._speculation.release(request)
+            if item.token_ids:
+                sequences.append(self._report(item, result.logprobs[item.index]))
         now = time.perf_counter()
         stats = StepStats(
-            num_prompt_tokens=sum(max(0, min(row.end, row.request.num_prompt) - row.start) for row in plan.rows),
+            num_prompt_tokens=sum(
+                min(row.end, row.request.num_prompt) - row.start
+                for row in plan.rows
+                if row.start < row.request.num_prompt
+            ),
             num_output_tokens=sum(len(item.token_ids) for item in items),
             num_preemptions=plan.num_preempted,
             num_prefix_queries=plan.num_prefix_queries,
@@ -168,35 +168,28 @@ class Engine:
 
     # --- reporting ---------------------------------------------------------------------------------------------------
 
-    def _report(self, item: SettledRow, result: StepResult, index: int) -> Sequence[SequenceOutput]:
+    def _report(self, item: SettledRow, logprobs: Sequence[TokenLogprobs] | None) -> SequenceOutput:
         request = item.row.request
-        if item.finish_reason is not None:
-            self._speculation.release(request)
-        if not item.token_ids:
-            return ()
-        logprobs = result.logprobs[index]
-        output = self._output(request, list(item.token_ids), item.finish_reason)
+        output = self._output(request, item.token_ids, item.finish_reason)
         if logprobs is not None:
             output.logprobs = list(logprobs[: len(item.token_ids)])
         if request.prompt_logprobs is not None:
             output.prompt_logprobs, request.prompt_logprobs = request.prompt_logprobs, None
-        return (output,)
+        return output
 
     def _output(self, request: Request, token_ids: list[int], reason: FinishReason | None) -> SequenceOutput:
-        output = SequenceOutput(
-            request.request_id,
-            request.index,
-            token_ids,
-            finish_reason=reason,
-            stop_token_id=request.stop_token_id,
-            num_cached_tokens=request.num_cached if request.index == 0 else 0,
-        )
+        output = SequenceOutput(request.request_id, request.index, token_ids)
+        if request.index == 0:
+            output.num_cached_tokens = request.num_cached
         if reason is not None:
+            output.finish_reason = reason
+            output.stop_token_id = request.stop_token_id
+        if reason is not None or request.num_output == len(token_ids) > 0:
             output.timing = Timing(
                 request.arrival,
                 request.scheduled_at,
                 request.first_token_at,
-                time.monotonic(),
+                time.monotonic() if reason is not None else 0.0,
                 request.num_preemptions,
             )
         return output

@@ -15,7 +15,6 @@ AT_LEAST_ONE = (
     "max_num_seqs",
     "max_num_batched_tokens",
     "max_num_partial_prefills",
-    "max_num_waiting",
     "num_blocks",
     "num_threads",
 )
@@ -73,6 +72,14 @@ def test_the_number_of_speculative_tokens_is_bounded() -> None:
 )
 def test_speculation_is_off_until_something_is_named(config: SpeculativeConfig, enabled: bool) -> None:
     assert config.enabled is enabled
+
+
+def test_settings_of_what_is_off_are_refused() -> None:
+    for off in (SpeculativeConfig(num_tokens=8), SpeculativeConfig(fixed=True), SpeculativeConfig(quantization="fp8")):
+        with pytest.raises(ConfigError, match="--speculative-model or --speculative-method"):
+            EngineConfig(model="m", speculative=off)
+    with pytest.raises(ConfigError, match="prefix_cache chain contradicts enable_prefix_caching"):
+        EngineConfig(model="m", prefix_cache="chain", enable_prefix_caching=False)
 
 
 @pytest.mark.parametrize("config", [EngineConfig(model="m"), SpeculativeConfig()])

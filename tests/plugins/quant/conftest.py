@@ -33,9 +33,7 @@ BLOCK_SIZE = 16
 PLUGINS = (awq, gptq, fp8, compressed_tensors)
 
 
-def operations(
-    insisted: Mapping[str, str] | None = None, more: Sequence[KernelProvider] = ()
-) -> Operations:
+def operations(insisted: Mapping[str, str] | None = None, more: Sequence[KernelProvider] = ()) -> Operations:
     """The plain torch implementations, this package's kernels, and ``more``."""
     builtin = [
         KernelProvider("torch", TorchLinear, operation="linear"),

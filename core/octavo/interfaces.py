@@ -301,6 +301,8 @@ class AttentionBackend(ABC):
     ) -> Tensor:
         """Write ``key`` and ``value`` at the batch's slots into ``kv``, then attend over the whole context.
 
+        All is written before any is read: a row may read blocks that another row of the same step fills.
+
         query [num_tokens, num_heads, head_dim], key and value [num_tokens, num_kv_heads, head_dim], rotated already;
         returns [num_tokens, num_heads * head_dim]. Queries are the last tokens of their sequences (causal).
         """

@@ -39,8 +39,9 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 P = TypeVar("P", bound=Provider)
 
-DEFAULT_PLUGINS = ("models", "cpu", "triton", "prefix-cache", "quantize")
-"""Selected unless ``--plugins no:NAME`` leaves one out; one that is not installed is simply not there."""
+DEFAULT_PLUGINS = ("models", "gguf", "cpu", "triton", "prefix-cache", "quantize")
+"""What serves the default model, whatever else ``--plugins`` lists. Selected unless ``--plugins no:NAME`` leaves one
+out; one that is not installed is simply not there."""
 
 
 CALLED_WITH_ARGUMENTS = frozenset({"octavo_check_config", "octavo_request_finished", "octavo_step_finished"})

@@ -14,16 +14,17 @@ class PrefixCache(Protocol):
     """
 
     def lookup(self, tokens: Sequence[int], salt: bytes) -> list[int]:
-        """The longest run of blocks that hold the leading tokens; the caller takes references at once."""
+        """The longest run of blocks that hold the leading tokens; a list that the caller may keep."""
         ...
 
     def store(self, tokens: Sequence[int], blocks: Sequence[int], num_stored: int, salt: bytes) -> None:
-        """``blocks[i]`` holds ``tokens[i * block_size : (i + 1) * block_size]``; the first ``num_stored`` blocks were
-        stored by earlier calls for the same sequence. A content already known keeps its first block."""
+        """``blocks[i]`` holds ``tokens[i * block_size : (i + 1) * block_size]``, or will: blocks are announced before
+        they are computed, and forgotten if that does not happen. The first ``num_stored`` blocks were stored by earlier
+        calls, for this sequence or one it shares them with. A content already known keeps its first block."""
         ...
 
     def forget(self, block: int) -> None:
-        """The block is about to be overwritten."""
+        """The block is about to be overwritten, or was never computed."""
         ...
 
     def clear(self) -> None:

@@ -141,6 +141,7 @@ class Request:
 
     __slots__ = (
         "arrival",
+        "awaited_block",
         "bad_token_ids",
         "blocks",
         "drafts",
@@ -212,6 +213,7 @@ class Request:
         self.num_preemptions = 0
         self.drafts: list[int] = []
         self.blocks: list[int] = []
+        self.awaited_block = -1  # while waiting: promised to hold some of its first tokens, see octavo.blocks
         self.slot = -1
         self.sequence = -1  # order of arrival, given by the scheduler
         self.finish_reason: FinishReason | None = None

@@ -114,6 +114,8 @@ class Scheduler:
             assert request.state is RequestState.RUNNING, request
             assert request.num_computed <= request.num_known, request
             assert len(request.blocks) >= self.blocks.blocks_for(request.num_computed), request
+            computed = request.blocks[: request.num_computed // self.blocks.block_size]
+            assert not any(self.blocks.is_promised(block) for block in computed), request
         for request in self.waiting:
             assert request.state is RequestState.WAITING, request
             assert not request.blocks, request
@@ -140,16 +142,20 @@ class Scheduler:
         grants: dict[Request, int] = {}
         num_partial = 0
 
-        def grant(request: Request) -> None:
+        def grant(request: Request, limit: int) -> None:
             nonlocal num_partial
-            grants[request] = min(request.num_to_compute, share, draft.budget)
-            draft.budget -= grants[request]
+            granted = grants.get(request, 0)
+            more = min(request.num_to_compute - granted, limit, draft.budget)
+            begin = request.num_computed + granted
+            self.blocks.fill(request.blocks, begin, begin + more)
+            grants[request] = granted + more
+            draft.budget -= more
             num_partial += grants[request] < request.num_to_compute
 
         for request in prompts:
             if draft.budget == 0:
                 break
-            grant(request)
+            grant(request, share)
         # Who has just given way must not see others walk in: they would take the blocks it is waiting for.
         for request in [] if draft.num_preempted else list(self.waiting):
             if draft.budget == 0 or not self._free_slots:
@@ -158,13 +164,15 @@ class Scheduler:
                 continue
             if num_partial >= self.max_num_partial_prefills and request.num_known > share:
                 continue
-            if not self._admit(request, draft):
+            start = self._find_start(request)
+            if start is None:
+                continue
+            if not self._admit(request, start, draft):
                 break
-            grant(request)
-        for request, granted in grants.items():
-            more = min(request.num_to_compute - granted, draft.budget)
-            draft.budget -= more
-            draft.append(request, granted + more)
+            grant(request, share)
+        for request in grants:
+            grant(request, draft.budget)
+            draft.append(request, grants[request])
 
     def _make_room(self, request: Request, num_tokens: int, draft: _Draft) -> bool:
         """Reserve blocks for ``num_tokens`` tokens, preempting others if need be; False if it gave way itself."""
@@ -177,22 +185,19 @@ class Scheduler:
         return True
 
     def _may_start(self, request: Request) -> bool:
-        """A preempted request waits for its last token; a fork waits while its prompt is computed for another."""
-        if request.num_pending:
+        """A preempted request waits for its last token; whoever begins as another does waits while that is computed."""
+        if request.num_pending or self.blocks.is_promised(request.awaited_block):
             return False
         parent = request.fork_of
         if parent is None or parent.num_preemptions or parent.finished:
             return True
         return _can_fork(request)
 
-    def _admit(self, request: Request, draft: _Draft) -> bool:
+    def _admit(self, request: Request, start: _Start, draft: _Draft) -> bool:
         """Give a waiting request a slot and blocks for all its tokens; False, and nothing changed, if too few are free.
 
         All at once rather than chunk by chunk: a prompt that has begun can then always be finished.
         """
-        start = self._find_start(request, draft)
-        if start is None:
-            return False
         table = start.table
         needed = self.blocks.blocks_for(request.num_known + 1) - len(table)
         reserve = self._watermark if self.running else 0
@@ -200,10 +205,14 @@ class Scheduler:
             self.blocks.release(table)
             return False
         draft.copies.extend(start.copies)
+        draft.num_prefix_queries += start.num_queried
+        draft.num_prefix_hits += min(start.num_queried, start.num_computed)
         self.waiting.remove(request)
         request.blocks = table
         request.num_computed = start.num_computed
-        request.num_stored = start.num_stored
+        request.num_stored = self.blocks.promise(
+            request.tokens, table, start.num_stored, request.num_known - 1, request.salt
+        )
         request.slot = self._free_slots.pop()
         request.state = RequestState.RUNNING
         if not request.scheduled_at:
@@ -212,20 +221,28 @@ class Scheduler:
         self.running[request.key] = request
         return True
 
-    def _find_start(self, request: Request, draft: _Draft) -> _Start | None:
-        """What has been computed already of the request's first tokens; None if there is no block to begin with."""
+    def _find_start(self, request: Request) -> _Start | None:
+        """What has been computed already of the request's first tokens.
+
+        None: it must wait, for a block or because the next of those tokens are being computed for another.
+        """
         parent = request.fork_of
         if parent is not None and _can_fork(request):
             # all but the last prompt token: that one is computed again, for logits of its own
             forked = self.blocks.fork(parent.blocks, request.num_prompt - 1)
-            return None if forked is None else _Start(forked[0], request.num_prompt - 1, 0, forked[1])
+            if forked is None:
+                return None
+            num_stored = min(parent.num_stored, (request.num_prompt - 1) // self.blocks.block_size)
+            return _Start(forked[0], request.num_prompt - 1, num_stored, forked[1])
         if request.wants_prompt_logits:
             return _Start([], 0, 0, [])  # every position must be computed
-        table = self.blocks.lookup(request.tokens[:-1], request.salt)
-        num_found = len(table) * self.blocks.block_size
-        draft.num_prefix_queries += len(request.tokens)
-        draft.num_prefix_hits += num_found
-        return _Start(table, num_found, len(table), [])
+        found = self.blocks.lookup(request.tokens[:-1], request.salt)
+        awaited = self.blocks.last_promised(found)
+        if awaited is not None:
+            request.awaited_block = awaited
+            return None
+        num_found = len(found) * self.blocks.block_size
+        return _Start(self.blocks.share(found), num_found, len(found), [], num_queried=len(request.tokens))
 
     # --- settling ----------------------------------------------------------------------------------------------------
 
@@ -309,6 +326,7 @@ class _Start(NamedTuple):
     num_computed: int
     num_stored: int  # leading blocks of the table that the prefix cache knows
     copies: list[tuple[int, int]]
+    num_queried: int = 0  # tokens that the prefix cache was asked for
 
 
 class _Draft:

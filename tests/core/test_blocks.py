@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import hypothesis.strategies as st
 import pytest
 from hypothesis import settings
@@ -85,7 +87,7 @@ def test_freed_contents_are_found_until_they_are_overwritten() -> None:
     assert manager.store(tokens, table, 0, len(tokens), b"") == 2
     kept = list(table)
     manager.release(table)
-    found = manager.lookup(tokens, b"")
+    found = manager.share(manager.lookup(tokens, b""))
     assert found == kept
     assert manager.num_free == 1
     manager.release(found)
@@ -102,70 +104,135 @@ def test_check_finds_a_lost_block() -> None:
         manager.check([])
 
 
+def test_a_promised_block_is_found_and_may_be_shared_when_it_is_filled() -> None:
+    manager = BlockManager(4, BLOCK, HashChain(BLOCK))
+    tokens = list(range(3 * BLOCK))
+    table: list[int] = []
+    manager.reserve(table, len(tokens))
+    assert manager.promise(tokens, table, 0, len(tokens), b"") == 3
+    assert manager.lookup(tokens, b"") == table
+    manager.fill(table, 0, 2 * BLOCK + 1)
+    assert [manager.is_promised(block) for block in table] == [False, False, True]
+    assert manager.last_promised(table) == table[2]
+    assert manager.last_promised(table[:2]) is None
+    manager.check([table, manager.share(table[:2])])
+
+
+def test_a_promised_block_that_is_given_up_is_forgotten() -> None:
+    manager = BlockManager(4, BLOCK, HashChain(BLOCK))
+    tokens = list(range(3 * BLOCK))
+    table: list[int] = []
+    manager.reserve(table, len(tokens))
+    manager.promise(tokens, table, 0, len(tokens), b"")
+    manager.fill(table, 0, BLOCK)
+    first = table[0]
+    manager.release(table)
+    assert manager.lookup(tokens, b"") == [first]
+    assert manager.last_promised([first]) is None
+    manager.check([])
+
+
+def test_check_finds_a_promised_block_that_is_shared() -> None:
+    manager = BlockManager(2, BLOCK, HashChain(BLOCK))
+    table: list[int] = []
+    manager.reserve(table, BLOCK)
+    manager.promise(list(range(BLOCK)), table, 0, BLOCK, b"")
+    with pytest.raises(AssertionError, match="promised by 2 tables"):
+        manager.check([table, manager.share(table)])
+
+
+@dataclass
+class Sequence:
+    """A table in use, with its tokens: ``num_computed`` of them are written, ``num_stored`` blocks are known."""
+
+    tokens: list[int]
+    table: list[int]
+    num_stored: int
+    num_computed: int
+
+
 class BlockMachine(RuleBasedStateMachine):
     """Any order of operations on a few tables; ``check`` after every one, and shared contents stay what they were."""
 
     def __init__(self) -> None:
         super().__init__()
         self.manager = BlockManager(12, BLOCK, HashChain(BLOCK))
-        self.tables: list[tuple[list[int], list[int], int]] = []  # tokens, table, number stored
+        self.sequences: list[Sequence] = []
         self.memory: dict[int, list[int]] = {}  # block -> the tokens written to it
 
-    def _write(self, tokens: list[int], table: list[int], start: int) -> None:
-        for position in range(start, len(tokens)):
-            cells = self.memory.setdefault(table[position // BLOCK], [])
+    def _write(self, sequence: Sequence, end: int) -> None:
+        for position in range(sequence.num_computed, end):
+            cells = self.memory.setdefault(sequence.table[position // BLOCK], [])
             del cells[position % BLOCK :]
-            cells.append(tokens[position])
+            cells.append(sequence.tokens[position])
+        sequence.num_computed = end
 
     @rule(tokens=st.lists(st.integers(0, 1), min_size=1, max_size=3 * BLOCK))
     def admit(self, tokens: list[int]) -> None:
-        table = self.manager.lookup(tokens[:-1], b"")
-        num_found = len(table)
-        for index, block in enumerate(table):
+        found = self.manager.lookup(tokens[:-1], b"")
+        if self.manager.last_promised(found) is not None:
+            return
+        for index, block in enumerate(found):
             assert self.memory[block] == tokens[index * BLOCK : (index + 1) * BLOCK]
+        table = self.manager.share(found)
         if not self.manager.reserve(table, len(tokens)):
             self.manager.release(table)
             return
-        self._write(tokens, table, num_found * BLOCK)
-        self.tables.append((tokens, table, num_found))
+        num_stored = self.manager.promise(tokens, table, len(found), len(tokens) - 1, b"")
+        self.sequences.append(Sequence(tokens, table, num_stored, len(found) * BLOCK))
 
-    @precondition(lambda self: self.tables)
+    @precondition(lambda self: self.sequences)
+    @rule(data=st.data(), num_tokens=st.integers(1, 2 * BLOCK))
+    def compute(self, data: st.DataObject, num_tokens: int) -> None:
+        sequence = data.draw(st.sampled_from(self.sequences))
+        end = min(sequence.num_computed + num_tokens, len(sequence.tokens))
+        self.manager.fill(sequence.table, sequence.num_computed, end)
+        self._write(sequence, end)
+        sequence.num_stored = self.manager.store(sequence.tokens, sequence.table, sequence.num_stored, end, b"")
+
+    @precondition(lambda self: self._computed())
     @rule(data=st.data(), token=st.integers(0, 1))
     def grow(self, data: st.DataObject, token: int) -> None:
-        index = data.draw(st.integers(0, len(self.tables) - 1))
-        tokens, table, num_stored = self.tables[index]
-        if self.manager.reserve(table, len(tokens) + 1):
-            longer = [*tokens, token]
-            self._write(longer, table, len(tokens))
-            num_stored = self.manager.store(longer, table, num_stored, len(longer), b"")
-            self.tables[index] = (longer, table, num_stored)
+        sequence = data.draw(st.sampled_from(self._computed()))
+        if self.manager.reserve(sequence.table, len(sequence.tokens) + 1):
+            sequence.tokens = [*sequence.tokens, token]
+            self._write(sequence, len(sequence.tokens))
+            sequence.num_stored = self.manager.store(
+                sequence.tokens, sequence.table, sequence.num_stored, sequence.num_computed, b""
+            )
 
-    @precondition(lambda self: self.tables)
+    @precondition(lambda self: self._computed())
     @rule(data=st.data())
     def fork(self, data: st.DataObject) -> None:
-        tokens, table, _ = data.draw(st.sampled_from(self.tables))
-        num_tokens = data.draw(st.integers(0, len(tokens)))
-        forked = self.manager.fork(table, num_tokens)
+        sequence = data.draw(st.sampled_from(self._computed()))
+        num_tokens = data.draw(st.integers(0, len(sequence.tokens)))
+        forked = self.manager.fork(sequence.table, num_tokens)
         if forked is not None:
-            for source, target in forked[1]:
+            table, copies = forked
+            for source, target in copies:
                 self.memory[target] = list(self.memory[source])
-            self.tables.append((tokens[:num_tokens], forked[0], 0))
+            num_stored = min(sequence.num_stored, num_tokens // BLOCK)
+            self.sequences.append(Sequence(sequence.tokens[:num_tokens], table, num_stored, num_tokens))
 
-    @precondition(lambda self: self.tables)
+    @precondition(lambda self: self.sequences)
     @rule(data=st.data())
     def release(self, data: st.DataObject) -> None:
-        _, table, _ = self.tables.pop(data.draw(st.integers(0, len(self.tables) - 1)))
-        self.manager.release(table)
+        sequence = self.sequences.pop(data.draw(st.integers(0, len(self.sequences) - 1)))
+        self.manager.release(sequence.table)
+
+    def _computed(self) -> list[Sequence]:
+        return [sequence for sequence in self.sequences if sequence.num_computed == len(sequence.tokens)]
 
     @invariant()
     def nothing_is_lost(self) -> None:
-        self.manager.check([table for _, table, _ in self.tables])
+        self.manager.check([sequence.table for sequence in self.sequences])
 
     @invariant()
     def every_table_reads_its_own_tokens(self) -> None:
-        for tokens, table, _ in self.tables:
-            read = [self.memory[table[position // BLOCK]][position % BLOCK] for position in range(len(tokens))]
-            assert read == tokens
+        for sequence in self.sequences:
+            places = [divmod(position, BLOCK) for position in range(sequence.num_computed)]
+            read = [self.memory[sequence.table[block]][offset] for block, offset in places]
+            assert read == sequence.tokens[: sequence.num_computed]
 
 
 BlockMachine.TestCase.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)

@@ -14,6 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from octavo import default_model
 from octavo.config import EngineConfig
 from octavo.errors import ConfigError, PluginError
 from octavo.hooks import API_VERSION, Provider
@@ -157,11 +158,17 @@ def test_what_is_needed_is_activated_and_logged_when_nothing_is_listed(caplog: p
 
 def test_what_is_needed_but_not_listed_is_refused_with_the_option_that_works() -> None:
     needed = {"awq": "the checkpoint's quant_method is awq"}
-    have = installed("models", "triton", "gguf", "awq")
+    have = installed("models", "triton", "speculative", "awq")
     with pytest.raises(PluginError, match="quant_method is awq") as refused:
-        select(Selection.parse("gguf,no:triton"), needed, installed=have)
+        select(Selection.parse("speculative,no:triton"), needed, installed=have)
     option = str(refused.value).rpartition("--plugins ")[2]
-    assert names_of(select(Selection.parse(option), needed, installed=have)) == ["models", "gguf", "awq"]
+    assert names_of(select(Selection.parse(option), needed, installed=have)) == ["models", "speculative", "awq"]
+
+
+def test_listing_a_plugin_leaves_the_default_model_servable() -> None:
+    suffix = Path(default_model.FILE_NAME).suffix.removeprefix(".")
+    have = installed(*DEFAULT_PLUGINS, "speculative")
+    assert suffix in names_of(select(Selection.parse("speculative"), {suffix: "the file's ending"}, installed=have))
 
 
 def test_what_is_needed_but_left_out_is_refused() -> None:
@@ -190,7 +197,7 @@ def test_two_claimants_are_an_error_that_prefer_resolves() -> None:
         select(Selection(), {}, installed=have, prefer={"models": "nobody"})
 
 
-NAMES = st.sampled_from([*DEFAULT_PLUGINS, "awq", "gguf", "speculative"])
+NAMES = st.sampled_from([*DEFAULT_PLUGINS, "awq", "speculative"])
 
 
 @given(listed=st.none() | st.sets(NAMES), excluded=st.sets(NAMES), needed=st.sets(NAMES), have=st.sets(NAMES))

@@ -31,6 +31,7 @@ METRICS = [
     "generation_tokens_total",
     "prefix_cache_queries_total",
     "prefix_cache_hits_total",
+    "prompt_tokens_cached_total",
     "spec_decode_num_drafts_total",
     "spec_decode_num_draft_tokens_total",
     "spec_decode_num_accepted_tokens_total",

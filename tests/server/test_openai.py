@@ -485,17 +485,22 @@ def test_metrics_count_exactly(tiny_llama: Any) -> None:
     with running(tiny_llama) as server:
         for _ in range(10):
             server.post("/v1/completions", {"prompt": "hello", "max_tokens": 6, "ignore_eos": True})
+        for _ in range(3):
+            server.post("/v1/completions", {"prompt": "x" * 40, "max_tokens": 1, "ignore_eos": True})
         server.wait_idle()
         values = {}
         for line in server.http.get("/metrics").text.splitlines():
             if not line.startswith("#"):
                 name, _, value = line.rpartition(" ")
                 values[name.partition("{")[0]] = float(value)
-        assert values["octavo:time_to_first_token_seconds_count"] == 10
+        assert values["octavo:time_to_first_token_seconds_count"] == 13
         assert values["octavo:inter_token_latency_seconds_count"] == 10 * 5
-        assert values["octavo:e2e_request_latency_seconds_count"] == 10
-        assert values["octavo:prompt_tokens_total"] == 50
-        assert values["octavo:generation_tokens_total"] == 60
-        assert values["octavo:request_success_total"] == 10
+        assert values["octavo:e2e_request_latency_seconds_count"] == 13
+        assert values["octavo:prompt_tokens_total"] == 50 + 40 + 2 * 8
+        assert values["octavo:prefix_cache_queries_total"] == 50 + 3 * 40
+        assert values["octavo:prefix_cache_hits_total"] == 2 * 32
+        assert values["octavo:prompt_tokens_cached_total"] == 2 * 32
+        assert values["octavo:generation_tokens_total"] == 63
+        assert values["octavo:request_success_total"] == 13
         assert values["octavo:num_requests_running"] == 0
         assert values["octavo:kv_cache_usage_perc"] == 0

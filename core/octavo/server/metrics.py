@@ -46,6 +46,9 @@ class Metrics:
         self.generation_tokens = counter("generation_tokens", "Tokens generated.")
         self.prefix_queries = counter("prefix_cache_queries", "Prompt tokens looked up in the prefix cache.")
         self.prefix_hits = counter("prefix_cache_hits", "Prompt tokens found there.")
+        self.cached_tokens = counter(
+            "prompt_tokens_cached", "Prompt tokens of requests that were not computed for them."
+        )
         self.num_drafts = counter("spec_decode_num_drafts", "Times that a sequence had drafts verified.")
         self.draft_tokens = counter("spec_decode_num_draft_tokens", "Draft tokens verified.")
         self.accepted_tokens = counter("spec_decode_num_accepted_tokens", "Draft tokens accepted.")
@@ -97,6 +100,7 @@ class Metrics:
     def finished(self, summary: RequestSummary) -> None:
         """Once per request."""
         self.success.labels(self._name, str(summary.finish_reason)).inc()
+        self.cached_tokens.inc(summary.num_cached_tokens)
         self.request_prompt.observe(summary.num_prompt_tokens)
         self.request_generation.observe(summary.num_output_tokens)
         timing = summary.timing

@@ -180,9 +180,15 @@ def _fp8_pairs(
 
 @gluon.jit
 def _pairs(
-    words, params, exponent, HALF: gl.constexpr, FP8: gl.constexpr, N64: gl.constexpr, GROUP: gl.constexpr,
+    words,
+    params,
+    exponent,
+    HALF: gl.constexpr,
+    FP8: gl.constexpr,
+    N64: gl.constexpr,
+    GROUP: gl.constexpr,
     dtype: gl.constexpr,
-):  # fmt: skip
+):
     if FP8:
         pairs = _fp8_pairs(words, params, exponent, HALF, N64, GROUP > 0, dtype)
     else:
@@ -204,11 +210,20 @@ def _operand(
 
 @gluon.jit
 def _copy_weights(
-    words, params, words_ptr, params_ptr, tile, step, num_rows, token_tiles, K: gl.constexpr,
-    GROUP: gl.constexpr, N64: gl.constexpr, HALF_PARAMS: gl.constexpr, FP8: gl.constexpr,
-):  # fmt: skip
+    words,
+    params,
+    words_ptr,
+    params_ptr,
+    row_tile,
+    step,
+    num_rows,
+    K: gl.constexpr,
+    GROUP: gl.constexpr,
+    N64: gl.constexpr,
+    HALF_PARAMS: gl.constexpr,
+    FP8: gl.constexpr,
+):
     """One step's words, and parameters [2 HALF_PARAMS N64, 4, 8]; rows beyond the end are read and not stored."""
-    row_tile = tile // token_tiles
     last = (num_rows - 1) // 128
     if FP8:
         rows: gl.constexpr = gl.BlockedLayout([1, 4], [4, 8], [gl.num_warps(), 1], [1, 0])
@@ -239,28 +254,56 @@ def _copy_weights(
 
 
 @gluon.jit
-def _copy_inputs(inputs, x_ptr, tile, step, num_tokens, token_tiles, K: gl.constexpr, BLOCK_M: gl.constexpr):
+def _copy_inputs(inputs, x_ptr, token_tile, step, num_tokens, K: gl.constexpr, BLOCK_M: gl.constexpr):
     layout: gl.constexpr = gl.BlockedLayout([1, 8], [2, 16], [gl.num_warps(), 1], [1, 0])
-    m = tile % token_tiles * BLOCK_M + gl.arange(0, BLOCK_M, gl.SliceLayout(1, layout))
+    first = token_tile * BLOCK_M
+    m = gl.arange(0, BLOCK_M, gl.SliceLayout(1, layout))
     k = gl.arange(0, 128, gl.SliceLayout(0, layout))
+    start = x_ptr + (first * K + step * 128)
     async_copy.async_copy_global_to_shared(
-        inputs, x_ptr + ((m * K)[:, None] + k[None, :] + step * 128), mask=(m < num_tokens)[:, None]
+        inputs, start + ((m * K)[:, None] + k[None, :]), mask=(m < num_tokens - first)[:, None]
     )
 
 
 @gluon.jit
-def _following(tile, step, STEPS: gl.constexpr):
+def _following(row_tile, token_tile, step, token_tiles, STEPS: gl.constexpr, MANY: gl.constexpr):
+    """The step after (row_tile, token_tile, step)."""
     last = step == STEPS - 1
-    return gl.where(last, tile + 1, tile), gl.where(last, 0, step + 1)
+    if MANY:
+        last_token_tile = token_tile == token_tiles - 1
+        row_tile = gl.where(last & last_token_tile, row_tile + 1, row_tile)
+        token_tile = gl.where(last, gl.where(last_token_tile, 0, token_tile + 1), token_tile)
+    else:
+        row_tile = gl.where(last, row_tile + 1, row_tile)
+    return row_tile, token_tile, gl.where(last, 0, step + 1)
 
 
 @gluon.jit(do_not_specialize=["num_tokens", "num_tiles", "num_token_tiles"])
 def _stream(
-    out_ptr, partial_ptr, arrivals_ptr, x_ptr, words_ptr, params_ptr, scale_ptr, bias_ptr,
-    num_tokens, num_rows, num_tiles, num_token_tiles, exponent,
-    K: gl.constexpr, GROUP: gl.constexpr, MANY: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_M: gl.constexpr,
-    STAGES: gl.constexpr, FP8: gl.constexpr, BIAS: gl.constexpr, PDL: gl.constexpr, FENCE: gl.constexpr = True,
-):  # fmt: skip
+    out_ptr,
+    partial_ptr,
+    arrivals_ptr,
+    x_ptr,
+    words_ptr,
+    params_ptr,
+    scale_ptr,
+    bias_ptr,
+    num_tokens,
+    num_rows,
+    num_tiles,
+    num_token_tiles,
+    exponent,
+    K: gl.constexpr,
+    GROUP: gl.constexpr,
+    MANY: gl.constexpr,
+    BLOCK_N: gl.constexpr,
+    BLOCK_M: gl.constexpr,
+    STAGES: gl.constexpr,
+    FP8: gl.constexpr,
+    BIAS: gl.constexpr,
+    PDL: gl.constexpr,
+    FENCE: gl.constexpr = True,
+):
     """Each program takes an equal run of the steps of all tiles; a tile that several share is added up in order by the
     last of them to arrive."""
     dtype: gl.constexpr = x_ptr.dtype.element_ty
@@ -282,24 +325,34 @@ def _stream(
     total = num_tiles * STEPS
     begin = (program * total) // num_programs
     end = ((program + 1) * total) // num_programs
-    tile, step = begin // STEPS, begin % STEPS
-    ahead_tile, ahead_step = tile, step
+    row_tile, token_tile, step = begin // STEPS // token_tiles, begin // STEPS % token_tiles, begin % STEPS
+    ahead_row, ahead_token, ahead_step = row_tile, token_tile, step
     for stage in gl.static_range(STAGES - 1):
         if begin + stage < end:
             _copy_weights(
-                words.index(stage), params.index(stage), words_ptr, params_ptr, ahead_tile, ahead_step, num_rows,
-                token_tiles, K, GROUP, N64, HALF_PARAMS, FP8,
-            )  # fmt: skip
-        ahead_tile, ahead_step = _following(ahead_tile, ahead_step, STEPS)
+                words.index(stage),
+                params.index(stage),
+                words_ptr,
+                params_ptr,
+                ahead_row,
+                ahead_step,
+                num_rows,
+                K,
+                GROUP,
+                N64,
+                HALF_PARAMS,
+                FP8,
+            )
+        ahead_row, ahead_token, ahead_step = _following(ahead_row, ahead_token, ahead_step, token_tiles, STEPS, MANY)
     if PDL:  # weights are never written by a predecessor: they need not wait
         gdc_launch_dependents()
         gdc_wait()
-    ahead_tile, ahead_step = tile, step
+    ahead_row, ahead_token, ahead_step = row_tile, token_tile, step
     for stage in gl.static_range(STAGES - 1):
         if begin + stage < end:
-            _copy_inputs(inputs.index(stage), x_ptr, ahead_tile, ahead_step, num_tokens, token_tiles, K, BLOCK_M)
+            _copy_inputs(inputs.index(stage), x_ptr, ahead_token, ahead_step, num_tokens, K, BLOCK_M)
         async_copy.commit_group()
-        ahead_tile, ahead_step = _following(ahead_tile, ahead_step, STEPS)
+        ahead_row, ahead_token, ahead_step = _following(ahead_row, ahead_token, ahead_step, token_tiles, STEPS, MANY)
     async_copy.wait_group(STAGES - 2)
     gl.thread_barrier()
     w00, w01, w10, w11 = _pairs(words.index(0), params.index(0), exponent, 0, FP8, N64, GROUP, dtype)
@@ -318,36 +371,80 @@ def _stream(
         gl.thread_barrier()  # the next step has arrived, and all have done with the one before this
         if unit + STAGES - 1 < end:
             _copy_weights(
-                words.index(free), params.index(free), words_ptr, params_ptr, ahead_tile, ahead_step, num_rows,
-                token_tiles, K, GROUP, N64, HALF_PARAMS, FP8,
-            )  # fmt: skip
-            _copy_inputs(inputs.index(free), x_ptr, ahead_tile, ahead_step, num_tokens, token_tiles, K, BLOCK_M)
+                words.index(free),
+                params.index(free),
+                words_ptr,
+                params_ptr,
+                ahead_row,
+                ahead_step,
+                num_rows,
+                K,
+                GROUP,
+                N64,
+                HALF_PARAMS,
+                FP8,
+            )
+            _copy_inputs(inputs.index(free), x_ptr, ahead_token, ahead_step, num_tokens, K, BLOCK_M)
         async_copy.commit_group()
         gl.thread_barrier()  # one that the compiler wants, where nothing waits for it
         weight = _operand(v00, v01, v10, v11, N64, dtype, operand)
         running = warpgroup_mma(weight, x.slice(64, 64, 0), acc, is_async=True)
         free = slot
         slot = gl.where(slot == STAGES - 1, 0, slot + 1)
-        ahead_tile, ahead_step = _following(ahead_tile, ahead_step, STEPS)
+        ahead_row, ahead_token, ahead_step = _following(ahead_row, ahead_token, ahead_step, token_tiles, STEPS, MANY)
         w00, w01, w10, w11 = _pairs(words.index(slot), params.index(slot), exponent, 0, FP8, N64, GROUP, dtype)
         acc, weight = warpgroup_mma_wait(0, deps=[running, weight])
         if (step == STEPS - 1) | (unit + 1 == end):
             _finish(
-                acc, tile, program, num_programs, total, out_ptr, partial_ptr, arrivals_ptr, scale_ptr, bias_ptr,
-                num_tokens, num_rows, token_tiles, STEPS, BLOCK_N, BLOCK_M, FP8 and GROUP == 0, BIAS,
-            )  # fmt: skip
+                acc,
+                row_tile,
+                token_tile,
+                program,
+                num_programs,
+                total,
+                out_ptr,
+                partial_ptr,
+                arrivals_ptr,
+                scale_ptr,
+                bias_ptr,
+                num_tokens,
+                num_rows,
+                token_tiles,
+                STEPS,
+                BLOCK_N,
+                BLOCK_M,
+                FP8 and GROUP == 0,
+                BIAS,
+            )
             acc = gl.zeros([BLOCK_N, BLOCK_M], gl.float32, mma)
-        tile, step = _following(tile, step, STEPS)
+        row_tile, token_tile, step = _following(row_tile, token_tile, step, token_tiles, STEPS, MANY)
     async_copy.wait_group(0)
 
 
 @gluon.jit
 def _finish(
-    acc, tile, program, num_programs, total, out_ptr, partial_ptr, arrivals_ptr, scale_ptr, bias_ptr,
-    num_tokens, num_rows, token_tiles, STEPS: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_M: gl.constexpr,
-    SCALE: gl.constexpr, BIAS: gl.constexpr,
-):  # fmt: skip
+    acc,
+    row_tile,
+    token_tile,
+    program,
+    num_programs,
+    total,
+    out_ptr,
+    partial_ptr,
+    arrivals_ptr,
+    scale_ptr,
+    bias_ptr,
+    num_tokens,
+    num_rows,
+    token_tiles,
+    STEPS: gl.constexpr,
+    BLOCK_N: gl.constexpr,
+    BLOCK_M: gl.constexpr,
+    SCALE: gl.constexpr,
+    BIAS: gl.constexpr,
+):
     layout: gl.constexpr = acc.type.layout
+    tile = row_tile * token_tiles + token_tile
     # a zero that the compiler does not know: addresses are made here, not kept in registers throughout the loop
     zero = gl.inline_asm_elementwise("mov.b32 $0, 0; // $1", "=r,r", [tile], dtype=gl.int32, is_pure=True, pack=1)
     first = ((tile * STEPS + 1) * num_programs - 1) // total  # program of the tile's first step
@@ -376,8 +473,8 @@ def _finish(
         # rows g and g + 8 of a fragment are outputs 2 g and 2 g + 1, so that a thread's two lie side by side
         result = acc.reshape([BLOCK_N // 16, 2, 8, BLOCK_M]).permute([0, 2, 1, 3]).reshape([BLOCK_N, BLOCK_M])
         linear: gl.constexpr = result.type.layout
-        n = tile // token_tiles * BLOCK_N + gl.arange(0, BLOCK_N, gl.SliceLayout(1, linear))
-        m = zero + tile % token_tiles * BLOCK_M + gl.arange(0, BLOCK_M, gl.SliceLayout(0, linear))
+        n = row_tile * BLOCK_N + gl.arange(0, BLOCK_N, gl.SliceLayout(1, linear))
+        m = zero + token_tile * BLOCK_M + gl.arange(0, BLOCK_M, gl.SliceLayout(0, linear))
         if SCALE:
             result *= gl.load(scale_ptr + n, mask=n < num_rows, other=0.0)[:, None]
         if BIAS:

@@ -1,7 +1,7 @@
 """Quantized weights at the sizes of Llama-3.1-8B: products and sampling against the floor, and whole models.
 
     python benchmarks/quantized.py products [--output benchmarks/results/kernels-quant-NAME.json] [--commit HASH]
-    python benchmarks/quantized.py models [--formats awq gptq fp8] [--batches 1 32 256] [--trace] [--save FILE]
+    python benchmarks/quantized.py models [--formats awq gptq fp8] [--hopper] [--trace] [--save FILE]
 
 Products are measured as in ``benchmarks/kernels.py``, models (with random weights) as in ``benchmarks/gpu.py``.
 """
@@ -30,7 +30,9 @@ from octavo.bench import report
 from octavo.bench.datasets import trace_requests
 from octavo.operations import SampleNeed
 from octavo.sampling import SamplingTensors, TorchSample
+from octavo_kernels.fp8_linear import TritonFp8
 from octavo_kernels.hopper_linear import HopperFp8, HopperPacked
+from octavo_kernels.packed_linear import TritonPacked
 from octavo_kernels.sample import TritonSample
 from octavo_quant.fp8_linear import ReferenceFp8
 from octavo_quant.fp8_weight import Fp8Need, Fp8Weight
@@ -42,7 +44,7 @@ DEVICE = torch.device("cuda")
 LAYER = [name for name in LINEARS if name != "lm_head"]
 
 
-def packed(num_in: int, num_out: int, copies: int) -> tuple[list[HopperPacked], ReferencePacked]:
+def packed(kernel: Any, num_in: int, num_out: int, copies: int) -> tuple[list[Any], ReferencePacked]:
     """Asymmetric 4 bits in groups of 128, as AWQ has them."""
     need = PackedNeed(DEVICE, DTYPE, num_in, num_out, 4, 128, False, False)
     weights = [
@@ -56,10 +58,12 @@ def packed(num_in: int, num_out: int, copies: int) -> tuple[list[HopperPacked], 
         )
         for _ in range(copies)
     ]
-    return [HopperPacked(need, weight, None) for weight in weights], ReferencePacked(need, weights[0], None)
+    return [kernel(need, weight, None) for weight in weights], ReferencePacked(need, weights[0], None)
 
 
-def fp8(num_in: int, num_out: int, copies: int, block: int | None = None) -> tuple[list[HopperFp8], ReferenceFp8]:
+def fp8(
+    kernel: Any, num_in: int, num_out: int, copies: int, block: int | None = None
+) -> tuple[list[Any], ReferenceFp8]:
     """A scale for each output and rounding by token, or blocks of 128 x 128."""
     weights = []
     for _ in range(copies):
@@ -70,10 +74,18 @@ def fp8(num_in: int, num_out: int, copies: int, block: int | None = None) -> tup
         weights.append(weight)
     first = weights[0]
     need = Fp8Need(DEVICE, DTYPE, num_in, num_out, first.activation, first.row_block, first.column_block)
-    return [HopperFp8(need, weight, None) for weight in weights], ReferenceFp8(need, first, None)
+    return [kernel(need, weight, None) for weight in weights], ReferenceFp8(need, first, None)
 
 
-FORMATS = {"4-bit g128": packed, "fp8": fp8, "fp8 blocks": partial(fp8, block=128)}
+FORMATS = {
+    "4-bit": partial(packed, TritonPacked),
+    "4-bit streamed": partial(packed, HopperPacked),
+    "fp8": partial(fp8, TritonFp8),
+    "fp8 streamed": partial(fp8, HopperFp8),
+    "fp8 blocks": partial(fp8, TritonFp8, block=128),
+    "fp8 blocks streamed": partial(fp8, HopperFp8, block=128),
+}
+HOPPER_KERNELS = {"linear_packed": "hopper-linear-packed", "linear_fp8": "hopper-linear-fp8"}
 
 
 def bench(ceilings: Ceilings, name: str, plain: dict[int, float], label: str) -> list[Result]:
@@ -82,7 +94,7 @@ def bench(ceilings: Ceilings, name: str, plain: dict[int, float], label: str) ->
     copies = max(2, round(ROTATION_BYTES / num_bytes))
     layers, reference = FORMATS[label](num_in, num_out, min(copies, 24))
     results = []
-    for num_tokens in (1, 8, 32) if label == "fp8 blocks" else NUM_TOKENS:
+    for num_tokens in NUM_TOKENS:
         x = torch.randn(num_tokens, num_in, device=DEVICE, dtype=DTYPE)
         floor = ceilings.floor(num_bytes, 2 * num_tokens * num_in * num_out)
         time = replay_time([partial(layer.apply, x) for layer in (layers * 12)[: 8 if num_tokens > 64 else 24]])
@@ -155,21 +167,21 @@ MODELS = {
         {},
         _anchors((3.96, 5.49, 18.45), INT4_DECODE),
         Anchor(None, 10072, 11500, 14000),
-        Anchor(None, 5.35, 5.5, None),
+        Anchor(None, float("nan"), 5.5, None),
     ),
     "gptq": ModelFormat(
         {"quant_method": "gptq", "bits": 4, "group_size": 128, "sym": True, "desc_act": False},
         {},
         _anchors((3.79, 5.34, 18.06), INT4_DECODE),
         Anchor(None, 10329, 11500, 14000),
-        Anchor(None, 5.35, 5.5, None),
+        Anchor(None, float("nan"), 5.5, None),
     ),
     "fp8": ModelFormat(
         None,
         {"quantization": "fp8"},
         _anchors((3.47, 5.33, 16.08), {1: (1.83, 2.9, 2.3), 32: (2.9, 4.5, 3.9), 256: (10.2, 14.0, 12.5)}),
         Anchor(None, 13007, 15000, 18000),
-        Anchor(None, 8.5, 8.6, None),
+        Anchor(None, float("nan"), 8.6, None),
     ),
 }
 
@@ -180,10 +192,12 @@ def models(args: argparse.Namespace) -> None:
     table = Table()
     for name in args.formats:
         kind = MODELS[name]
+        operation = "linear_fp8" if name == "fp8" else "linear_packed"
+        kernels = {operation: HOPPER_KERNELS[operation]} if args.hopper else {}
         with tempfile.TemporaryDirectory() as folder:
             config = LLAMA_8B if kind.settings is None else {**LLAMA_8B, "quantization_config": kind.settings}
             (Path(folder) / "config.json").write_text(json.dumps(config), encoding="utf-8")
-            octavo = Octavo(Path(folder), **kind.options)
+            octavo = Octavo(Path(folder), kernels=kernels, **kind.options)
         print(name, octavo.engine.info.startup_seconds)
         table.add(f"{name}, weights", "GiB", kind.weights, octavo.engine.info.weight_bytes / 2**30)
         octavo.run([octavo.submit(prompt, 8) for prompt in octavo.prompts(8, 64, seed=0)])
@@ -198,7 +212,12 @@ def models(args: argparse.Namespace) -> None:
         gc.collect()
         torch.cuda.empty_cache()
     if args.save is not None:
-        report.save(args.save, "benchmarks/quantized.py models", {"formats": args.formats}, {"rows": table.rows})
+        report.save(
+            args.save,
+            "benchmarks/quantized.py models",
+            {"formats": args.formats, "hopper": args.hopper},
+            {"rows": table.rows},
+        )
 
 
 def products(args: argparse.Namespace) -> None:
@@ -212,7 +231,7 @@ def products(args: argparse.Namespace) -> None:
             results += bench(ceilings, name, plain, label)
     samples = [bench_sample(ceilings, rows, filtered) for filtered in (False, True) for rows in (1, 32, 256)]
     print(f"ceilings: {ceilings.bytes_per_us / 1e6:.2f} TB/s, {ceilings.flops_per_us / 1e6:.0f} TFLOP/s; microseconds")
-    print(f"{'':22}" + "".join(f"{name:>24}" for name in LAYER) + f"{'error':>10}")
+    print(f"{'':26}" + "".join(f"{name:>24}" for name in LAYER) + f"{'error':>10}")
     by_key = {(result.kernel, result.size): result for result in results}
     for label in FORMATS:
         for num_tokens in NUM_TOKENS:
@@ -220,7 +239,7 @@ def products(args: argparse.Namespace) -> None:
             row = [result for result in found if result is not None]
             if row:
                 cells = "".join(f"{r.time:10.1f} ({r.floor:.1f}; {r.other or 0:.1f})".rjust(24) for r in row)
-                print(f"{label:16}{num_tokens:6}" + cells + f"{max(r.error or 0.0 for r in row):10.1e}")
+                print(f"{label:20}{num_tokens:6}" + cells + f"{max(r.error or 0.0 for r in row):10.1e}")
     for r in samples:
         print(
             f"{r.kernel:20}{r.size:>6}{r.time:10.1f} ({r.floor:.1f}; {r.other or 0:.1f}){r.error or 0.0:10.1e} differ"
@@ -248,6 +267,7 @@ def main() -> None:
     part.set_defaults(run=products)
     part = parts.add_parser("models", help=models.__doc__)
     part.add_argument("--formats", nargs="+", choices=list(MODELS), default=list(MODELS))
+    part.add_argument("--hopper", action="store_true", help="with the products that stream weights")
     part.add_argument("--batches", type=int, nargs="*", default=list(INT4_DECODE), help="rows of decode steps")
     part.add_argument("--profile", type=int, nargs="*", default=[], help="rows of decode steps to take apart")
     part.add_argument("--trace", action="store_true", help="and the throughput of the trace")

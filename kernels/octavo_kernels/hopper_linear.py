@@ -15,11 +15,8 @@ import triton.language as tl
 from torch import Tensor
 
 from octavo_kernels.fp8_linear import quantize_tokens
-from octavo_kernels.hopper_stream import STEP, StreamedWeight, StreamTiling, stream
-from octavo_kernels.launch import describe, missing_device, power_of_two
-
-TILE = 128
-"""Outputs whose 4-bit weights lie together."""
+from octavo_kernels.hopper_stream import STEP, TILE, StreamedWeight, StreamTiling, stream
+from octavo_kernels.launch import describe, missing_device
 
 
 @triton.jit
@@ -123,16 +120,34 @@ def fp8_order(device: torch.device) -> Tensor:
     return 16 * j + 8 * (1 - byte % 2) + 2 * t + byte // 2
 
 
-def stream_tiling(out_features: int, num_tokens: int, num_processors: int) -> StreamTiling:
-    """Measured on an H200."""
+def int4_tiling(out_features: int, num_tokens: int, num_processors: int) -> StreamTiling:
+    """Measured on an H200. With more tokens a tile that several programs share costs more, so narrow layers get one
+    program for each processor."""
+    if num_tokens <= 8:
+        return StreamTiling(8, num_stages=6, num_warps=4, resident=3, num_programs=3 * num_processors)
     if num_tokens <= 16:
-        block_m = max(8, power_of_two(num_tokens))
-        return StreamTiling(128, block_m, num_stages=6, num_warps=4, resident=3, num_programs=3 * num_processors)
+        return StreamTiling(16, num_stages=6, num_warps=4, resident=2, num_programs=2 * num_processors)
+    if num_tokens > 64:
+        return StreamTiling(128, num_stages=5, num_warps=8, resident=1, num_programs=num_processors)
+    wide = triton.cdiv(out_features, TILE) >= num_processors
+    num_programs = (2 if wide else 1) * num_processors
     if num_tokens <= 32:
-        return StreamTiling(128, 32, num_stages=5, num_warps=8, resident=2, num_programs=2 * num_processors)
+        return StreamTiling(32, num_stages=5, num_warps=8, resident=2, num_programs=num_programs)
+    return StreamTiling(64, num_stages=4, num_warps=8, resident=2, num_programs=num_programs)
+
+
+def fp8_tiling(out_features: int, num_tokens: int, num_processors: int) -> StreamTiling:
+    """The same; steps are of twice as many bytes, and fewer are on their way."""
+    if num_tokens <= 16:
+        block_m = 8 if num_tokens <= 8 else 16
+        return StreamTiling(block_m, num_stages=5, num_warps=8, resident=2, num_programs=2 * num_processors)
+    if num_tokens <= 32:
+        wide = triton.cdiv(out_features, TILE) >= num_processors
+        num_programs = (2 if wide else 1) * num_processors
+        return StreamTiling(32, num_stages=4, num_warps=8, resident=2, num_programs=num_programs)
     if num_tokens <= 64:
-        return StreamTiling(128, 64, num_stages=4, num_warps=8, resident=2, num_programs=2 * num_processors)
-    return StreamTiling(128, 128, num_stages=5, num_warps=8, resident=1, num_programs=num_processors)
+        return StreamTiling(64, num_stages=6, num_warps=8, resident=1, num_programs=num_processors)
+    return StreamTiling(128, num_stages=4, num_warps=8, resident=1, num_programs=num_processors)
 
 
 def missing_hopper(device: torch.device, dtype: torch.dtype, in_features: int) -> list[str]:
@@ -148,7 +163,7 @@ def missing_hopper(device: torch.device, dtype: torch.dtype, in_features: int) -
 class HopperPacked:
     """The operation ``linear_packed`` for 4 bits: ``weight`` has the attributes of octavo_quant.packed.PackedWeight."""
 
-    MAX_STREAMED = 512
+    MAX_STREAMED = 256
     """Tokens; beyond, writing the weights out for cuBLAS costs less than it gains."""
 
     def __init__(self, need: Any, weight: Any, bias: Tensor | None) -> None:
@@ -157,7 +172,7 @@ class HopperPacked:
         self._permutation = weight.permutation
         self._bias = bias
         self._num_processors = describe(words.device).num_processors
-        self._arrivals = _arrivals(need.out_features, self.MAX_STREAMED, words.device)
+        self._arrivals = _arrivals(self._weight, self.MAX_STREAMED)
 
     @classmethod
     def missing(cls, need: Any) -> list[str]:
@@ -173,7 +188,7 @@ class HopperPacked:
         if self._permutation is not None:
             x = x[:, self._permutation]
         if 1 <= x.shape[0] <= self.MAX_STREAMED:
-            tile = stream_tiling(self._weight.out_features, x.shape[0], self._num_processors)
+            tile = int4_tiling(self._weight.out_features, x.shape[0], self._num_processors)
             return stream(x, self._weight, self._bias, self._arrivals, tile)
         return F.linear(x, self.dequantize(x.dtype), self._bias)
 
@@ -194,8 +209,7 @@ class HopperPacked:
         return out
 
     def num_bytes(self) -> int:
-        tensors = (self._weight.words, self._weight.params, self._permutation, self._bias)
-        return sum(tensor.nbytes for tensor in tensors if tensor is not None)
+        return self._weight.num_bytes() + sum(t.nbytes for t in (self._permutation, self._bias) if t is not None)
 
 
 class HopperFp8:
@@ -207,7 +221,7 @@ class HopperFp8:
     MAX_ROUNDED = 64
     """Tokens; beyond, rounding them for cuBLAS gains, where it multiplies such weights."""
 
-    MAX_STREAMED = 512
+    MAX_STREAMED = 256
 
     def __init__(self, need: Any, weight: Any, bias: Tensor | None) -> None:
         out_features, in_features = weight.values.shape
@@ -228,7 +242,7 @@ class HopperFp8:
         self._rounds = self._rounds and out_features % 16 == 0
         self._bias = bias
         self._num_processors = describe(device).num_processors
-        self._arrivals = _arrivals(out_features, self.MAX_STREAMED, device)
+        self._arrivals = _arrivals(self._weight, self.MAX_STREAMED)
 
     @classmethod
     def missing(cls, need: Any) -> list[str]:
@@ -241,7 +255,7 @@ class HopperFp8:
         """x [num_tokens, in_features] -> [num_tokens, out_features]."""
         num_tokens = x.shape[0]
         if 1 <= num_tokens <= (self.MAX_ROUNDED if self._rounds else self.MAX_STREAMED):
-            tile = stream_tiling(self._weight.out_features, num_tokens, self._num_processors)
+            tile = fp8_tiling(self._weight.out_features, num_tokens, self._num_processors)
             return stream(x, self._weight, self._bias, self._arrivals, tile)
         if not self._rounds or num_tokens == 0:
             return F.linear(x, self.dequantize(x.dtype), self._bias)
@@ -274,10 +288,9 @@ class HopperFp8:
         return out
 
     def num_bytes(self) -> int:
-        tensors = (self._weight.words, self._weight.params, self._weight.scales, self._bias)
-        return sum(tensor.nbytes for tensor in tensors if tensor is not None)
+        return self._weight.num_bytes() + (0 if self._bias is None else self._bias.nbytes)
 
 
-def _arrivals(out_features: int, max_tokens: int, device: torch.device) -> Tensor:
+def _arrivals(weight: StreamedWeight, max_tokens: int) -> Tensor:
     """A counter for each tile that there can be."""
-    return torch.zeros(triton.cdiv(out_features, TILE) * triton.cdiv(max_tokens, 128), dtype=torch.int32, device=device)
+    return torch.zeros(weight.num_tiles(max_tokens, 128), dtype=torch.int32, device=weight.words.device)

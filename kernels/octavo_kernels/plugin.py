@@ -29,10 +29,13 @@ def octavo_kernels() -> list[KernelProvider]:
         "linear_packed": "octavo_kernels.hopper_linear:HopperPacked",
         "linear_fp8": "octavo_kernels.hopper_linear:HopperFp8",
     }
-    return [
-        KernelProvider(f"hopper-{operation.replace('_', '-')}", target, 60, REQUIRES_GLUON, operation=operation)
-        for operation, target in hopper.items()
-    ] + [
+    kernels = [
         KernelProvider(f"triton-{operation.replace('_', '-')}", target, 50, REQUIRES, operation=operation)
         for operation, target in targets.items()
     ]
+    # below the others until whole models have run with them: chosen by --kernel
+    kernels += [
+        KernelProvider(f"hopper-{operation.replace('_', '-')}", target, 40, REQUIRES_GLUON, operation=operation)
+        for operation, target in hopper.items()
+    ]
+    return kernels

@@ -29,10 +29,17 @@ QUANTIZED = ("linear_packed", "linear_fp8")
 
 
 class Conversation:
-    """A model on the GPU and a cache, fed with the same tokens in several sequences at once."""
+    """A model on the GPU and a cache, fed with the same tokens in several sequences at once.
 
-    def __init__(self, name: str, dtype: torch.dtype) -> None:
-        kernels = [kernel for kernel in octavo_kernels() if kernel.operation in QUANTIZED]
+    ``family`` is what the names of the kernels to prefer begin with.
+    """
+
+    def __init__(self, name: str, dtype: torch.dtype, family: str) -> None:
+        kernels = [
+            replace(kernel, priority=100 if kernel.name.startswith(family) else kernel.priority)
+            for kernel in octavo_kernels()
+            if kernel.operation in QUANTIZED
+        ]
         self.loaded = LoadedModel(FIXTURES / name, dtype, device="cuda", kernels=kernels)
         spec = self.loaded.build.attention_specs[0]
         sizes = (BLOCK_SIZE, spec.head_dim, spec.num_heads, spec.num_kv_heads)
@@ -68,17 +75,18 @@ def compare(name: str, dtype: torch.dtype, ours: Tensor, logits: Tensor) -> None
     assert torch.equal(ours.argmax(-1)[clear], logits.argmax(-1)[clear])
 
 
+@pytest.mark.parametrize("family", ["triton", "hopper"])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["float16", "bfloat16"])
 @pytest.mark.parametrize("name", ALL)
 @torch.inference_mode()
-def test_every_fixture_keeps_to_its_library_s_logits(name: str, dtype: torch.dtype) -> None:
+def test_every_fixture_keeps_to_its_library_s_logits(name: str, dtype: torch.dtype, family: str) -> None:
     if dtype == torch.float16 and name not in INTEGER:
         pytest.skip("the library ran in bfloat16")
     stored = load_file(FIXTURES / name / "reference.safetensors")
-    conversation = Conversation(name, dtype)
+    conversation = Conversation(name, dtype, family)
     tokens, logits = stored["input_ids"].tolist(), stored["logits"]
     size = len(tokens[0])
-    # prompts of 24, 48, 144 and 576 tokens a step: every kernel that a number of tokens chooses
+    # prompts of 24, 48, 144 and 576 tokens a step, for what a number of tokens chooses
     for step, num_sequences in enumerate((1, 2, 6, 24)):
         rows = {100 * step + i: tokens[i % 2] for i in range(num_sequences)}
         ours = conversation.logits(rows).view(num_sequences, size, -1)
@@ -92,6 +100,6 @@ def test_every_fixture_keeps_to_its_library_s_logits(name: str, dtype: torch.dty
 @pytest.mark.skipif(not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != 9, reason="for Hopper")
 @pytest.mark.parametrize("name", [name for name in ALL if "8bit" not in name and "g32" not in name])
 def test_the_fast_kernels_serve_them(name: str) -> None:
-    log = Conversation(name, torch.bfloat16).loaded.operations.log
+    log = Conversation(name, torch.bfloat16, "hopper").loaded.operations.log
     chosen = set().union(*(names for operation, names in log.items() if operation in QUANTIZED))
     assert chosen <= {"hopper-linear-packed", "hopper-linear-fp8"}

@@ -2,7 +2,10 @@
 
     OMP_NUM_THREADS=1 python benchmarks/cpu.py                    # SmolLM2-135M's shape with random weights
     OMP_NUM_THREADS=1 python benchmarks/cpu.py --model FOLDER     # a checkpoint in Hugging Face's format
-    OMP_NUM_THREADS=1 python benchmarks/cpu.py --gguf FILE        # adds llama.cpp, where llama_cpp can be imported
+    OMP_NUM_THREADS=1 python benchmarks/cpu.py --gguf FILE        # adds llama.cpp, where llama-cpp-python is installed
+
+llama.cpp runs the file in each of --gguf-types, into which llama.cpp itself converts it. For a fair comparison build it
+for the machine: CMAKE_ARGS="-DGGML_NATIVE=ON" pip install --no-binary llama-cpp-python llama-cpp-python.
 
 Everything is CPU seconds of this process (a shared machine changes them less than the wall clock), greedy, with
 end-of-sequence ignored. Decoding is from --prompt-len to --prompt-len + --output-len tokens of context, all sequences
@@ -15,6 +18,7 @@ import argparse
 import functools
 import importlib
 import importlib.metadata
+import importlib.util
 import json
 import platform
 import subprocess
@@ -137,10 +141,17 @@ class Transformers:
 class LlamaCpp:
     """llama.cpp through ``llama_cpp``'s low-level calls: one batch of all sequences per step, greedy."""
 
-    def __init__(self, file: Path) -> None:
+    def __init__(self, file: Path, kind: str, folder: Path) -> None:
         api = self._api = importlib.import_module("llama_cpp")
         self._silence = api.llama_log_callback(lambda level, text, data: None)  # kept: C calls it
         api.llama_log_set(self._silence, None)
+        if kind not in file.stem:
+            settings = api.llama_model_quantize_default_params()
+            settings.ftype, settings.allow_requantize = getattr(api, f"LLAMA_FTYPE_MOSTLY_{kind}"), True
+            converted = folder / f"{kind}.gguf"
+            if api.llama_model_quantize(str(file).encode(), str(converted).encode(), settings):
+                raise RuntimeError(f"llama.cpp cannot convert {file} to {kind}")
+            file = converted
         self._model = api.llama_model_load_from_file(str(file).encode(), api.llama_model_default_params())
         self._vocab_size = api.llama_vocab_n_tokens(api.llama_model_get_vocab(self._model))
 
@@ -184,8 +195,11 @@ class LlamaCpp:
 
     def prefill(self, prompt: Sequence[int]) -> float:
         context = self._context(1, len(prompt) + 1)
+        tokens = [(token, i, 0, i == len(prompt) - 1) for i, token in enumerate(prompt)]
+        self._run(context, tokens)  # a new context's memory is touched for the first time: that does not count
+        self._api.llama_memory_clear(self._api.llama_get_memory(context), True)
         started = time.process_time()
-        self._run(context, [(token, i, 0, i == len(prompt) - 1) for i, token in enumerate(prompt)])
+        self._run(context, tokens)
         self._greedy(context, len(prompt) - 1)
         seconds = time.process_time() - started
         self._api.llama_free(context)
@@ -247,6 +261,7 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, help="a checkpoint; default: SmolLM2-135M's shape with random weights")
     parser.add_argument("--gguf", type=Path, help="the same model for llama.cpp")
+    parser.add_argument("--gguf-types", nargs="+", default=["BF16", "Q4_0"], help="in which types (default: BF16 Q4_0)")
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=DTYPES)
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 8, 32])
     parser.add_argument("--prompt-len", type=int, default=64)
@@ -272,8 +287,11 @@ def main() -> None:
             makers[f"octavo {dtype}"] = functools.partial(Octavo, model, dtype, dummy)
             if not arguments.no_peers:
                 makers[f"transformers {dtype}"] = functools.partial(Transformers, model, dtype, dummy)
-        if arguments.gguf is not None:
-            makers[f"llama.cpp {arguments.gguf.stem}"] = functools.partial(LlamaCpp, arguments.gguf)
+        if arguments.gguf is not None and importlib.util.find_spec("llama_cpp") is None:
+            print("llama.cpp is left out: llama-cpp-python is not installed", file=sys.stderr)
+        elif arguments.gguf is not None:
+            for kind in arguments.gguf_types:
+                makers[f"llama.cpp {kind}"] = functools.partial(LlamaCpp, arguments.gguf, kind, Path(folder))
         engines = {name: make() for name, make in makers.items()}
         best: dict[str, dict[str, float]] = {name: {} for name in engines}
         for repeat in range(arguments.repeats):  # in turn, so that a busy minute hits all of them
@@ -300,19 +318,15 @@ def main() -> None:
 
 
 def report(best: dict[str, dict[str, float]]) -> None:
-    """A table of tokens per second, and of Octavo's best over Transformers' best."""
+    """A table of tokens per second, and of Octavo's best over each peer."""
     columns = list(next(iter(best.values())))
     print(f"{'tokens per CPU second':28}" + "".join(f"{column:>20}" for column in columns))
     for name, row in best.items():
         print(f"{name:28}" + "".join(f"{row[column]:20.1f}" for column in columns))
-
-    def top(prefix: str, column: str) -> float:
-        return max(row[column] for name, row in best.items() if name.startswith(prefix))
-
-    for peer in ("transformers", "llama.cpp"):
-        if any(name.startswith(peer) for name in best):
-            ratios = "".join(f"{top('octavo', column) / top(peer, column):19.2f}x" for column in columns)
-            print(f"{'octavo / ' + peer:28}{ratios}")
+    octavo = {column: max(row[column] for name, row in best.items() if name.startswith("octavo")) for column in columns}
+    for name, row in best.items():
+        if not name.startswith("octavo"):
+            print(f"{'octavo / ' + name:28}" + "".join(f"{octavo[column] / row[column]:19.2f}x" for column in columns))
 
 
 if __name__ == "__main__":

@@ -58,7 +58,6 @@ class EngineConfig:
     max_num_seqs: int = 256
     max_num_batched_tokens: int | None = None  # None: 2048 on a CPU, 8192 on a GPU
     max_num_partial_prefills: int = 4
-    max_num_waiting: int = 8192
     scheduling_policy: str = "fcfs"
 
     block_size: int = 16
@@ -90,7 +89,6 @@ class EngineConfig:
             "max_num_seqs": self.max_num_seqs,
             "max_num_batched_tokens": self.max_num_batched_tokens,
             "max_num_partial_prefills": self.max_num_partial_prefills,
-            "max_num_waiting": self.max_num_waiting,
             "num_blocks": self.num_blocks,
             "num_threads": self.num_threads,
             "tensor_parallel_size": self.tensor_parallel_size,

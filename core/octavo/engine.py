@@ -51,21 +51,22 @@ class Engine:
         *,
         speculation: NoSpeculation | None = None,
         overlap: bool = False,
-        max_num_waiting: int = 8192,
     ) -> None:
         self.scheduler = scheduler
         self.runner = runner
         self.info = info
         self.overlap = overlap
         self._speculation = speculation or NoSpeculation()
-        self._max_num_waiting = max_num_waiting
         self._last_settled = 0.0
         self._ended: list[SequenceOutput] = []  # ended outside a step: aborted or refused
 
     # --- requests ----------------------------------------------------------------------------------------------------
 
     def submit(self, submit: Submit) -> None:
-        """Queue a request. One that can never run, or for which the queue is full, ends at once with an error."""
+        """Queue a request. One that can never run ends at once with an error.
+
+        The queue has no end here: how many may wait is for whoever takes requests in to decide.
+        """
         try:
             self._check(submit)
         except RequestError as error:
@@ -104,13 +105,6 @@ class Engine:
         num_prompt, limit = len(submit.prompt), self.info.max_model_len
         if not 0 < num_prompt < limit:
             raise RequestError(f"the prompt has {num_prompt} tokens; this engine takes 1 to {limit - 1}")
-        waiting = len(self.scheduler.waiting)
-        if waiting + submit.params.n > self._max_num_waiting:
-            raise RequestError(
-                f"the queue is full: {waiting} requests wait and at most {self._max_num_waiting} may; try again later",
-                status=503,
-                code="queue_full",
-            )
 
     def abort(self, abort: Abort) -> None:
         """End a request or one sample of it; ids that are unknown or finished already are ignored."""
@@ -191,12 +185,13 @@ class Engine:
             stop_token_id=request.stop_token_id,
             num_cached_tokens=request.num_cached if request.index == 0 else 0,
         )
-        if reason is not None:
+        begins = bool(token_ids) and request.num_output == len(token_ids)
+        if begins or reason is not None:
             output.timing = Timing(
                 request.arrival,
                 request.scheduled_at,
                 request.first_token_at,
-                time.monotonic(),
+                time.monotonic() if reason is not None else 0.0,
                 request.num_preemptions,
             )
         return output

@@ -13,6 +13,8 @@ import uuid
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING
 
+import msgspec
+
 from octavo.errors import EngineDead, RequestError
 from octavo.messages import SequenceOutput, StepOutputs, StepStats, Submit, Timing, TokenLogprobs
 from octavo.outputs import Completion, CompletionDelta, Logprob, PositionLogprobs, RequestOutput, RequestSummary
@@ -72,6 +74,11 @@ class Frontend:
         """Requests that have not ended."""
         return len(self._open)
 
+    @property
+    def num_open_samples(self) -> int:
+        """Samples of requests that have not ended: what the engine runs or keeps waiting."""
+        return sum(request.num_unfinished for request in list(self._open.values()))
+
     # --- from any thread ---------------------------------------------------------------------------------------------
 
     def submit(
@@ -93,6 +100,7 @@ class Frontend:
             EngineDead: the engine has stopped.
         """
         prompt = list(prompt_token_ids)
+        only_scores = params.max_tokens == 0
         params = self.checked(prompt, params)
         request_id = request_id or uuid.uuid4().hex
         submit = Submit(
@@ -106,7 +114,7 @@ class Frontend:
             priority=priority,
             arrival=time.monotonic(),
         )
-        request = _OpenRequest(submit, self.text, sink)
+        request = _OpenRequest(submit, self.text, sink, only_scores)
         with self._lock:
             if self._dead is not None:
                 raise EngineDead(str(self._dead))
@@ -134,7 +142,7 @@ class Frontend:
             self.client.abort(request_id)
 
     def checked(self, prompt: Sequence[int], params: SamplingParams) -> SamplingParams:
-        """The parameters with ``max_tokens`` settled.
+        """The parameters with ``max_tokens`` settled: at least one, since every request ends with a sampled token.
 
         Raises:
             RequestError: the request is one that the engine must never see; names the field and the limit.
@@ -156,6 +164,8 @@ class Frontend:
             )
         if params.max_tokens is None:
             return params.replace(max_tokens=room)
+        if params.max_tokens == 0:
+            return params.replace(max_tokens=1)
         if params.max_tokens > room:
             raise RequestError(
                 f"the prompt has {len(prompt)} tokens and max_tokens asks for {params.max_tokens} more, but the "
@@ -221,8 +231,9 @@ def _call_sinks(deliveries: list[Delivery]) -> None:
 
 
 def _require_tokens(what: str, token_ids: Iterable[int], vocab_size: int, param: str) -> None:
-    unknown = sorted({token_id for token_id in token_ids if not 0 <= token_id < vocab_size})
-    if unknown:
+    ids = set(token_ids)
+    if ids and not (min(ids) >= 0 and max(ids) < vocab_size):
+        unknown = sorted(token_id for token_id in ids if not 0 <= token_id < vocab_size)
         raise RequestError(
             f"{what} names tokens that are not in the vocabulary (0 to {vocab_size - 1}): "
             f"{', '.join(map(str, unknown))}",
@@ -234,7 +245,7 @@ class _OpenRequest:
     """A request that has not ended, with the text of its samples."""
 
     __slots__ = (
-        "_prompt_text",
+        "_only_scores",
         "_submit",
         "_text",
         "finished",
@@ -245,8 +256,9 @@ class _OpenRequest:
         "timing",
     )
 
-    def __init__(self, submit: Submit, text: TextProcessor, sink: Sink) -> None:
+    def __init__(self, submit: Submit, text: TextProcessor, sink: Sink, only_scores: bool) -> None:
         self._submit = submit
+        self._only_scores = only_scores  # nobody asked for the token that the engine samples
         self._text = text
         self.sink = sink
         self.samples = [_Sample(index, submit, text) for index in range(submit.params.n)]
@@ -256,14 +268,21 @@ class _OpenRequest:
         self.timing: Timing | None = None
 
     @property
+    def num_unfinished(self) -> int:
+        return len(self.samples) - len(self.finished)
+
+    @property
     def done(self) -> bool:
-        return len(self.finished) == len(self.samples)
+        return self.num_unfinished == 0
 
     def push(self, output: SequenceOutput) -> CompletionDelta | None:
         """What a step brought to one sample; None when there is nothing to tell yet."""
-        self.num_cached = max(self.num_cached, output.num_cached_tokens)
-        sample = self.samples[output.index]
-        delta = sample.push(output, self._prompt_logprobs(output.prompt_logprobs))
+        if output.num_cached_tokens:
+            self.num_cached = output.num_cached_tokens
+        if self._only_scores:
+            output = _without_tokens(output)
+        prompt_logprobs = None if output.prompt_logprobs is None else self._prompt_logprobs(output.prompt_logprobs)
+        delta = self.samples[output.index].push(output, prompt_logprobs)
         if delta is None:
             return None
         self.num_output += len(delta.token_ids)
@@ -283,19 +302,22 @@ class _OpenRequest:
     def summary(self, reason: FinishReason, now: float) -> RequestSummary:
         submit = self._submit
         timing = self.timing
-        if timing is None and any(sample.first_token_at for sample in self.samples):
-            timing = self.samples[0].measured(now)
+        if timing is None:
+            timing = next((found for sample in self.samples if (found := sample.measured(now)) is not None), None)
         return RequestSummary(submit.request_id, len(submit.prompt), self.num_cached, self.num_output, reason, timing)
 
-    def _prompt_logprobs(self, logprobs: list[TokenLogprobs | None] | None) -> list[PositionLogprobs | None] | None:
-        if logprobs is None:
-            return None
+    def _prompt_logprobs(self, logprobs: list[TokenLogprobs | None]) -> list[PositionLogprobs | None]:
         pieces = Detokenizer(self._text, skip_special_tokens=False)
         texts = [pieces.push((token_id,)) for token_id in self._submit.prompt]
         return [
             None if found is None else _position(found, text, self._text)
             for found, text in zip(logprobs, texts, strict=True)
         ]
+
+
+def _without_tokens(output: SequenceOutput) -> SequenceOutput:
+    reason = FinishReason.LENGTH if output.finish_reason is FinishReason.STOP else output.finish_reason
+    return msgspec.structs.replace(output, token_ids=[], logprobs=None, stop_token_id=None, finish_reason=reason)
 
 
 class _Sample:
@@ -306,23 +328,21 @@ class _Sample:
     """
 
     __slots__ = (
-        "_arrival",
         "_credit",
         "_detokenizer",
         "_num_tokens",
         "_params",
         "_stops",
         "_text",
+        "_timing",
         "_waiting",
-        "first_token_at",
         "index",
     )
 
     def __init__(self, index: int, submit: Submit, text: TextProcessor) -> None:
         params = submit.params
         self.index = index
-        self.first_token_at = 0.0
-        self._arrival = submit.arrival
+        self._timing: Timing | None = None  # what the engine has said of it so far
         self._params = params
         self._text = text
         self._detokenizer = Detokenizer(text, params.skip_special_tokens)
@@ -335,9 +355,19 @@ class _Sample:
         self, output: SequenceOutput, prompt_logprobs: list[PositionLogprobs | None] | None
     ) -> CompletionDelta | None:
         """See :meth:`_OpenRequest.push`."""
-        if output.token_ids and not self.first_token_at:
-            self.first_token_at = time.monotonic()
-        reason, timing = output.finish_reason, output.timing
+        if output.timing is not None:
+            self._timing = output.timing
+        if self._stops is None and output.finish_reason is None and output.logprobs is None and output.token_ids:
+            # most deltas of all: nothing is held back, nothing ends
+            text = self._detokenizer.push(output.token_ids)
+            return CompletionDelta(
+                self.index,
+                text,
+                output.token_ids,
+                prompt_logprobs=prompt_logprobs,
+                num_cached_tokens=output.num_cached_tokens,
+            )
+        reason = output.finish_reason
         stop_reason: str | int | None = output.stop_token_id
         if self._stops is None and output.logprobs is None:  # nothing is ever held back
             text, token_ids, logprobs = self._decode_all(output), output.token_ids, None
@@ -345,7 +375,6 @@ class _Sample:
             matched = self._take(output)
             if matched is not None:
                 reason, stop_reason = FinishReason.STOP, matched
-                timing = timing or self.measured(time.monotonic())
             text, token_ids, logprobs = self._release(everything=reason is not None)
         if not token_ids and not text and reason is None and prompt_logprobs is None:
             return None
@@ -358,17 +387,16 @@ class _Sample:
             finish_reason=reason,
             stop_reason=stop_reason if reason is not None else None,
             num_cached_tokens=output.num_cached_tokens,
-            timing=timing,
+            timing=self.measured(time.monotonic()) if reason is not None else None,
             error=output.error,
         )
 
-    def measured(self, now: float) -> Timing:
-        """Times as this side saw them, for a sample that ended here: the engine's own come with its own endings.
-
-        When it was scheduled is not known here; the first token stands in for it.
-        """
-        first = self.first_token_at or now
-        return Timing(arrival=self._arrival, scheduled=first, first_token=first, finished=now)
+    def measured(self, now: float) -> Timing | None:
+        """The engine's times. A sample that ends here (a stop string, a dead engine) ends ``now``; None: the engine
+        has not said anything of it."""
+        if self._timing is None or self._timing.finished:
+            return self._timing
+        return msgspec.structs.replace(self._timing, finished=now)
 
     def _num_shown(self, output: SequenceOutput) -> int:
         """How many of the output's tokens are text: a token that ended the sample is not, unless that was asked for."""

@@ -61,7 +61,7 @@ class Timing(msgspec.Struct, array_like=True):
     arrival: float
     scheduled: float
     first_token: float
-    finished: float
+    finished: float  # 0: not yet
     num_preemptions: int = 0
 
 
@@ -76,7 +76,7 @@ class SequenceOutput(msgspec.Struct, array_like=True):
     finish_reason: FinishReason | None = None
     stop_token_id: int | None = None  # the token that ended it, when a token did
     num_cached_tokens: int = 0
-    timing: Timing | None = None  # with the finish reason
+    timing: Timing | None = None  # with the first tokens, then with the finish reason
     error: str | None = None  # with FinishReason.ERROR
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+import msgspec
+
 from octavo.messages import Timing
 from octavo.request import FinishReason
 
@@ -57,8 +59,7 @@ class RequestOutput:
         return self.outputs[0].timing
 
 
-@dataclass(frozen=True, slots=True)
-class CompletionDelta:
+class CompletionDelta(msgspec.Struct, frozen=True):
     """What one step added to one sample: a piece of text (may be empty while characters or stop strings are held
     back), its tokens, and at the end the reason."""
 

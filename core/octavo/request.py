@@ -48,7 +48,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     seed: int | None = None
     stop: str | Sequence[str] = ()
     stop_token_ids: Sequence[int] = ()
-    max_tokens: int | None = 16  # None: as many as the context holds
+    max_tokens: int | None = 16  # None: as many as the context holds; 0: only the prompt's log-probabilities
     min_tokens: int = 0
     ignore_eos: bool = False
     logprobs: int | None = None  # how many alternatives beside the sampled token
@@ -81,7 +81,11 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
         if self.seed is not None:
             self._require_range("seed", self.seed, -MAX_SEED - 1, MAX_SEED)
         if self.max_tokens is not None:
-            self._require_range("max_tokens", self.max_tokens, 1, None)
+            if self.max_tokens < 1 and not (self.max_tokens == 0 and self.prompt_logprobs is not None):
+                raise RequestError(
+                    f"max_tokens must be at least 1 (or 0, with prompt_logprobs alone), not {self.max_tokens}",
+                    param="max_tokens",
+                )
             if self.min_tokens > self.max_tokens:
                 raise RequestError(
                     f"min_tokens ({self.min_tokens}) is larger than max_tokens ({self.max_tokens})", param="min_tokens"

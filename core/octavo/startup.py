@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,7 +19,7 @@ from octavo.attention.registry import choose_backend
 from octavo.blocks import BlockManager
 from octavo.config import EngineConfig
 from octavo.engine import Engine
-from octavo.errors import ConfigError
+from octavo.errors import CheckpointError, ConfigError
 from octavo.hooks import KernelProvider, Provider
 from octavo.interfaces import (
     AttentionBackend,
@@ -35,7 +36,7 @@ from octavo.layers.activation import TorchSiluAndMul
 from octavo.layers.builder import Builder
 from octavo.layers.linear import TorchLinear
 from octavo.layers.norm import TorchRMSNorm
-from octavo.layers.rotary import rope_parameters
+from octavo.layers.rotary import longest_context
 from octavo.loader import (
     CheckpointLoader,
     DummyLoader,
@@ -59,6 +60,7 @@ from octavo.text import TextProcessor, collect_eos_token_ids
 
 logger = logging.getLogger(__name__)
 
+UNKNOWN_CONTEXT = 2048  # tokens, of a model that does not say how many it was made for
 GRAPHS_RESERVE = 512 * 1024**2  # what captured graphs take beside activations: workspaces and kernels' arguments
 
 BUILTIN_KERNELS = (
@@ -158,14 +160,29 @@ def make_text(resolved: Resolved, *, chat_template: str | None = None) -> TextPr
 
 
 def _max_model_len(config: EngineConfig, model_config: Mapping[str, Any]) -> int:
-    trained = model_config.get("max_position_embeddings")
-    wanted = config.max_model_len
+    """What was asked for, within what the model's positions and their stretching allow; else what it was made for.
+
+    A sliding window bounds what a layer looks back at, not how long a context may be.
+    """
+    wanted, own = config.max_model_len, model_config.get("max_position_embeddings")
+    if own is None:
+        if wanted is None:
+            logger.warning("the model does not say how long a context may be; --max-model-len %d", UNKNOWN_CONTEXT)
+        return wanted or UNKNOWN_CONTEXT
+    if not isinstance(own, int) or own < 1:
+        raise CheckpointError(
+            f"max_position_embeddings must be a whole number above 0, not {own!r}; see --hf-overrides"
+        )
+    longest = longest_context(model_config, own)
     if wanted is None:
-        return int(trained or 2048)
-    if trained is not None and wanted > trained and rope_parameters(model_config)["rope_type"] == "default":
+        if longest > own:
+            logger.info("a context holds %d tokens; rope scaling allows --max-model-len %d", own, longest)
+        return own
+    if wanted > longest:
+        scaling = f'{{"rope_scaling": {{"rope_type": "yarn", "factor": {math.ceil(wanted / own)}.0}}}}'
         raise ConfigError(
-            f"--max-model-len {wanted}: the model was made for {trained} tokens; use at most that, or stretch its "
-            f'positions with --hf-overrides \'{{"rope_scaling": {{"rope_type": "yarn", "factor": …}}}}\''
+            f"--max-model-len {wanted}: the model was made for {longest} tokens; use at most that, or stretch its "
+            f"positions with --hf-overrides '{scaling}'"
         )
     return wanted
 
@@ -258,7 +275,6 @@ def build_engine(resolved: Resolved) -> Engine:
         info,
         speculation=speculation,
         overlap=device.type == "cuda" if config.overlap is None else config.overlap,
-        max_num_waiting=config.max_num_waiting,
     )
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import codecs
 import functools
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from octavo.errors import ConfigError, RequestError
@@ -83,7 +83,7 @@ class TextProcessor:
         self._added = {token_id: token.content.encode() for token_id, token in added.items()}
         self.special_token_ids: frozenset[int] = frozenset(i for i, token in added.items() if token.special)
         self._decoder = _TokenDecoder(backend.decoder)
-        self._bytes: dict[int, bytes] = {}
+        self.bytes_of: Mapping[int, bytes] = _Memory(self._find_bytes)
 
     # --- text to tokens ----------------------------------------------------------------------------------------------
 
@@ -209,18 +209,29 @@ class TextProcessor:
 
     def token_bytes(self, token_id: int) -> bytes:
         """The exact bytes that a token stands for; empty for an id that the tokenizer does not know."""
-        data = self._bytes.get(token_id)
+        return self.bytes_of[token_id]
+
+    def _find_bytes(self, token_id: int) -> bytes:
+        data = self._added.get(token_id)
         if data is None:
-            data = self._added.get(token_id)
-            if data is None:
-                token = self._backend.id_to_token(token_id) if 0 <= token_id < 2**32 else None
-                data = b"" if token is None else self._decoder.bytes_of(token)
-            self._bytes[token_id] = data
+            token = self._backend.id_to_token(token_id) if 0 <= token_id < 2**32 else None
+            data = b"" if token is None else self._decoder.bytes_of(token)
         return data
 
     def token_text(self, token_id: int) -> str:
         """A token on its own as text; a piece of a character becomes U+FFFD."""
         return self.token_bytes(token_id).decode("utf-8", errors="replace")
+
+
+class _Memory(dict[int, bytes]):
+    """A function's values, found once each: looking one up again costs what a dictionary costs, for every token."""
+
+    def __init__(self, find: Callable[[int], bytes]) -> None:
+        self._find = find
+
+    def __missing__(self, key: int) -> bytes:
+        value = self[key] = self._find(key)
+        return value
 
 
 class _TokenDecoder:
@@ -284,14 +295,14 @@ class Detokenizer:
     """
 
     def __init__(self, text: TextProcessor, skip_special_tokens: bool = True) -> None:
-        self._token_bytes = text.token_bytes
+        self._bytes_of = text.bytes_of
         self._hidden = text.special_token_ids if skip_special_tokens else frozenset()
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
 
     def push(self, token_ids: Iterable[int]) -> str:
         """The characters that these tokens complete."""
-        data = b"".join([self._token_bytes(token_id) for token_id in token_ids if token_id not in self._hidden])
-        return self._decoder.decode(data)
+        bytes_of, hidden = self._bytes_of, self._hidden
+        return self._decoder.decode(b"".join([bytes_of[token_id] for token_id in token_ids if token_id not in hidden]))
 
     def flush(self) -> str:
         """What is left at the end: U+FFFD for a character that was never completed."""

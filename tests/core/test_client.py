@@ -221,15 +221,15 @@ def test_the_engine_ends_when_its_parent_is_killed(tiny_llama: Path) -> None:
         assert parent.stdout is not None
         process_id = int(parent.stdout.readline())
         parent.kill()
-    deadline = time.monotonic() + 5.0
-    while alive(process_id) and time.monotonic() < deadline:
+    deadline = time.monotonic() + 30.0  # nothing else ends it, so a busy machine may take its time
+    while alive(process_id):
+        assert time.monotonic() < deadline, "the engine outlives its parent"
         time.sleep(0.02)
-    assert not alive(process_id)
 
 
 def alive(process_id: int) -> bool:
     """Whether the process runs; one that nobody has waited for yet does not count."""
     try:
         return Path(f"/proc/{process_id}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
-    except FileNotFoundError:
+    except (FileNotFoundError, ProcessLookupError):  # gone before the file was opened, or while it was read
         return False

@@ -15,7 +15,6 @@ AT_LEAST_ONE = (
     "max_num_seqs",
     "max_num_batched_tokens",
     "max_num_partial_prefills",
-    "max_num_waiting",
     "num_blocks",
     "num_threads",
 )

@@ -273,13 +273,6 @@ def test_the_longest_request_fills_the_context_and_the_smallest_pool(tiny_llama:
     assert [len(samples[name, 0].tokens) for name in "01"] == [1, MAX_MODEL_LEN - 1]
 
 
-def test_requests_over_the_queue_limit_are_refused_with_the_limit(tiny_llama: Path) -> None:
-    engine = engine_for(tiny_llama, max_num_waiting=3)
-    samples = run(engine, [submit(str(i), [1, 2], KINDS[0]) for i in range(5)])
-    assert [samples[str(i), 0].finish_reason for i in range(5)] == [FinishReason.LENGTH] * 3 + [FinishReason.ERROR] * 2
-    assert "at most 3" in (samples["4", 0].error or "")
-
-
 def test_more_requests_than_slots_and_blocks_all_end(tiny_llama: Path) -> None:
     engine = engine_for(tiny_llama, num_blocks=10, max_num_seqs=3)
     samples = run(engine, [submit(str(i), PROMPTS[i % 5], KINDS[0]) for i in range(40)])

@@ -128,8 +128,8 @@ def test_max_tokens_none_means_the_rest_of_the_context(run: Run) -> None:
 
 
 def test_what_the_engine_refuses_is_passed_on_and_forgotten(run: Run) -> None:
-    run.engine.refusal = RequestError("queue full", code="queue_full", status=503)
-    with pytest.raises(RequestError, match="queue full"):
+    run.engine.refusal = RequestError("no more today")
+    with pytest.raises(RequestError, match="no more today"):
         run.submit()
     assert run.frontend.num_open == 0
 
@@ -175,6 +175,31 @@ def test_text_comes_as_it_is_made_and_ends_with_the_reason(run: Run) -> None:
     assert run.frontend.num_open == 0
 
 
+def test_a_sample_that_a_stop_string_ends_has_the_engines_times(run: Run) -> None:
+    run.submit(stop="STOP")
+    run.say("ST", timing=Timing(1.0, 2.0, 3.0, 0.0))
+    run.say("OP")
+    assert [delta.timing is None for delta in run.deltas[:-1]] == [True] * (len(run.deltas) - 1)
+    (summary,) = run.summaries
+    timing = run.deltas[-1].timing
+    assert summary.timing == timing
+    assert timing is not None
+    assert (timing.arrival, timing.scheduled, timing.first_token) == (1.0, 2.0, 3.0)
+    assert timing.finished > 3.0
+
+
+def test_a_prompt_that_is_only_scored_shows_no_token(run: Run) -> None:
+    run.submit([1, 2], max_tokens=0, prompt_logprobs=0, logprobs=1, stop="a")
+    assert run.engine.submitted[0].params.max_tokens == 1
+    found = [None, TokenLogprobs(2, -0.5, 1)]
+    sampled = [TokenLogprobs(END, -0.1, 1, [END], [-0.1])]
+    run.say([END], prompt_logprobs=found, logprobs=sampled, finish_reason=FinishReason.STOP, stop_token_id=END)
+    (delta,) = run.deltas
+    assert (delta.text, delta.token_ids, delta.finish_reason, delta.stop_reason) == ("", [], FinishReason.LENGTH, None)
+    assert [one and one.token.logprob for one in delta.prompt_logprobs or ()] == [None, -0.5]
+    assert run.summaries[0].num_output_tokens == 0
+
+
 @pytest.mark.parametrize(("params", "shown"), [({}, "a"), ({"include_stop_str_in_output": True}, "a<|end|>")])
 def test_the_token_that_ends_a_sample_is_not_text_unless_asked_for(
     run: Run, params: dict[str, Any], shown: str
@@ -192,7 +217,6 @@ def test_a_stop_string_ends_the_sample_and_stops_the_engine(run: Run) -> None:
     assert run.text() == "one "
     assert run.deltas[-1].finish_reason is FinishReason.STOP
     assert run.deltas[-1].stop_reason == "STOP"
-    assert run.deltas[-1].timing is not None
     assert run.engine.aborted == [(run.id, 0)]
     count = len(run.deltas)
     run.say(" three")

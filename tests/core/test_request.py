@@ -62,6 +62,12 @@ def test_more_tokens_cannot_be_demanded_than_allowed() -> None:
     assert SamplingParams(min_tokens=9, max_tokens=None).min_tokens == 9
 
 
+def test_nothing_may_be_generated_where_the_prompt_is_scored() -> None:
+    assert SamplingParams(max_tokens=0, prompt_logprobs=0).max_tokens == 0
+    with pytest.raises(RequestError, match="min_tokens"):
+        SamplingParams(max_tokens=0, prompt_logprobs=0, min_tokens=1)
+
+
 def test_spellings_that_mean_the_same() -> None:
     assert SamplingParams(stop="end") == SamplingParams(stop=("end",))
     assert SamplingParams(top_k=-1) == SamplingParams(top_k=0)

@@ -59,7 +59,6 @@ def running(model: Path, *, engine: dict[str, object] | None = None, **options: 
     """A server over a real engine in a thread."""
     config = EngineConfig(model=str(model), dtype="float32", num_threads=1, cpu_kv_cache_gib=0.05, **(engine or {}))
     resolved = resolve(config)
-    options = {"max_num_waiting": config.max_num_waiting, **options}
     with listening(ThreadClient(resolved), make_text(resolved), **options) as server:
         yield server
 

@@ -59,7 +59,7 @@ class ScriptedEngine:
             full = self.refuses_after is not None and len(self.submitted) > self.refuses_after
             for index in range(submit.params.n):
                 if self.refuses is not None or full:
-                    error = self.refuses or "the queue is full"
+                    error = self.refuses or "it is one too many"
                     key = submit.request_id, index
                     self._ended.append(SequenceOutput(*key, [], finish_reason=FinishReason.ERROR, error=error))
                     continue

@@ -80,24 +80,56 @@ def test_an_engine_that_dies_fails_whole_answers_and_the_health(engine: Scripted
     assert server.http.get("/metrics").status_code == 200
 
 
-def test_what_the_engine_itself_refuses_is_a_full_queue_not_a_dead_engine(
-    engine: ScriptedEngine, server: RunningServer
-) -> None:
-    engine.refuses = "the queue is full"
+def test_what_the_engine_itself_refuses_is_the_clients_to_mend(engine: ScriptedEngine, server: RunningServer) -> None:
+    engine.refuses = "the prompt is too long"
     for stream in (False, True):
-        answer = server.post("/v1/completions", {"prompt": "x", "stream": stream})
-        assert (answer.status_code, answer.headers["retry-after"]) == (503, "1")
-        assert answer.json()["error"]["code"] == "queue_full"
+        error = server.refused("/v1/completions", {"prompt": "x", "stream": stream})
+        assert error["message"] == "the prompt is too long"
     engine.refuses = None
     assert server.post("/v1/completions", {"prompt": "x"}).status_code == 200
 
 
-def test_one_full_queue_among_several_prompts_stops_the_others(engine: ScriptedEngine, server: RunningServer) -> None:
+def test_one_prompt_that_is_refused_stops_the_others(engine: ScriptedEngine, server: RunningServer) -> None:
     engine.pause = 0.01
     engine.refuses_after = 2
-    answer = server.post("/v1/completions", {**LONG, "prompt": ["a", "b", "c", "d"]})
-    assert answer.json()["error"]["code"] == "queue_full"
+    server.refused("/v1/completions", {**LONG, "prompt": ["a", "b", "c", "d"]})
     wait_until(lambda: engine.num_unfinished == 0 and server.service.frontend.num_open == 0)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_burst_over_the_limit_is_refused_and_the_rest_is_served(stream: bool) -> None:
+    engine = ScriptedEngine(max_num_seqs=3)
+    body = {"prompt": "x", "max_tokens": 5, "stream": stream}
+    with listening(engine, make_processor(), max_num_waiting=2) as server, ThreadPoolExecutor(9) as pool:
+        engine.held.set()  # the engine has not looked at any of them yet
+        answers = [pool.submit(server.post, "/v1/completions", body) for _ in range(9)]
+        wait_until(lambda: sum(answer.done() for answer in answers) == 4)
+        for answer in [answer.result() for answer in answers if answer.done()]:
+            assert (answer.status_code, answer.headers["retry-after"]) == (503, "1")
+            error = answer.json()["error"]
+            assert (error["type"], error["code"]) == ("service_unavailable_error", "queue_full")
+            assert "5 sequences run or wait, 1 more" in error["message"]
+            assert "3 may run and 2 wait" in error["message"]
+        assert engine.num_unfinished == 5
+        engine.held.clear()
+        assert sorted(answer.result().status_code for answer in answers) == [200] * 5 + [503] * 4
+        wait_until(lambda: server.service.frontend.num_open_samples == 0)
+        assert server.post("/v1/completions", {**body, "prompt": ["x"] * 5}).status_code == 200
+
+
+def test_prompts_and_samples_count_against_the_limit() -> None:
+    engine = ScriptedEngine(max_num_seqs=3)
+    with listening(engine, make_processor(), max_num_waiting=2) as server, ThreadPoolExecutor(1) as pool:
+        error = server.refused("/v1/completions", {"prompt": ["x", "y"], "n": 3})
+        assert "6 sequences at once, but at most 5" in str(error["message"])  # trying again would not help
+        engine.held.set()
+        running = pool.submit(server.post, "/v1/completions", {"prompt": "x", "n": 4, "max_tokens": 2})
+        wait_until(lambda: engine.num_unfinished == 4)
+        refused = server.post("/v1/completions", {"prompt": ["a", "b"]})
+        assert (refused.status_code, refused.json()["error"]["code"]) == (503, "queue_full")
+        assert len(engine.submitted) == 1  # neither of the two was begun
+        engine.held.clear()
+        assert len(running.result().json()["choices"]) == 4
 
 
 def test_while_draining_requests_go_on_and_new_ones_are_refused(engine: ScriptedEngine, server: RunningServer) -> None:

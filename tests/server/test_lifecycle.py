@@ -105,6 +105,7 @@ def test_a_second_signal_does_not_wait() -> None:
         (["--root-path", "/llm/"], "not end with one"),
         (["--max-body-mib", "0"], "--max-body-mib must be above 0"),
         (["--drain-timeout", "-1"], "--drain-timeout at least 0"),
+        (["--max-num-waiting", "-1"], "--max-num-waiting and --drain-timeout at least 0"),
         (["--api-key", " "], "--api-key must not be empty"),
         (["--chat-template", "/none/template.jinja"], "--chat-template /none/template.jinja"),
     ],

@@ -195,6 +195,29 @@ def test_echo_begins_with_the_prompt(client: openai.OpenAI, stream: bool) -> Non
     assert offsets == [len("".join(tokens[:i])) for i in range(len(tokens))]
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_prompt_can_be_scored_without_generating(client: openai.OpenAI, server: RunningServer, stream: bool) -> None:
+    """What evaluation harnesses ask for: the log-likelihood of a text."""
+    longer = complete(client, "hello", echo=True, logprobs=2).choices[0].logprobs
+    answer = complete(client, ["hello", "bye"], echo=True, logprobs=2, max_tokens=0, stream=stream)
+    if stream:
+        choices = [choice for chunk in answer for choice in chunk.choices]
+    else:
+        choices = answer.choices
+        assert (answer.usage.prompt_tokens, answer.usage.completion_tokens) == (8, 0)
+    hello, bye = sorted(choices, key=lambda choice: choice.index)
+    assert [(choice.text, choice.finish_reason) for choice in (hello, bye)] == [("hello", "length"), ("bye", "length")]
+    assert hello.logprobs.tokens == list("hello")
+    assert hello.logprobs.token_logprobs[0] is None
+    assert hello.logprobs.token_logprobs[1:] == pytest.approx(longer.token_logprobs[1:5], abs=1e-5)
+    assert hello.logprobs.text_offset == [0, 1, 2, 3, 4]
+    assert len(bye.logprobs.top_logprobs) == 3
+    plain = complete(client, "hello", echo=True, max_tokens=0).choices[0]
+    assert (plain.text, plain.logprobs) == ("hello", None)
+    server.refused("/v1/completions", {"prompt": "x", "max_tokens": 0})
+    server.refused("/v1/chat/completions", {"messages": USER, "max_tokens": 0})
+
+
 @pytest.mark.parametrize("stop", [[], ["zzzz"]])
 def test_text_offsets_do_not_depend_on_streaming(client: openai.OpenAI, stop: list[str]) -> None:
     options = {"logprobs": 0, "stop": stop or None}
@@ -468,15 +491,12 @@ def test_a_client_that_leaves_stops_its_request(server: RunningServer, stream: b
     assert time.monotonic() - started < 5.0
 
 
-def test_a_full_queue_is_refused_at_once(tiny_llama: Any) -> None:
+def test_a_burst_fills_the_slots_and_the_queue_and_no_more(tiny_llama: Any) -> None:
     from tests.server.conftest import running
 
-    with running(tiny_llama, engine={"max_num_waiting": 4}) as server:
-        response = server.post("/v1/completions", {"prompt": ["x"] * 5, "max_tokens": 1})
-        assert response.status_code == 503
-        assert response.json()["error"]["code"] == "queue_full"
-        assert response.headers["retry-after"]
-        assert server.post("/v1/completions", {"prompt": "x", "max_tokens": 1}).status_code == 200
+    with running(tiny_llama, engine={"max_num_seqs": 2}, max_num_waiting=4) as server:
+        assert len(complete(server.client(), ["x"] * 6, max_tokens=2).choices) == 6
+        server.refused("/v1/completions", {"prompt": ["x"] * 7, "max_tokens": 2})
 
 
 def test_metrics_count_exactly(tiny_llama: Any) -> None:
@@ -504,3 +524,16 @@ def test_metrics_count_exactly(tiny_llama: Any) -> None:
         assert values["octavo:request_success_total"] == 13
         assert values["octavo:num_requests_running"] == 0
         assert values["octavo:kv_cache_usage_perc"] == 0
+
+
+def test_requests_that_a_stop_string_ends_have_all_their_times(tiny_llama: Any) -> None:
+    from tests.server.conftest import running
+
+    with running(tiny_llama, engine={"max_num_seqs": 1}) as server:
+        text = complete(server.client()).choices[0].text
+        complete(server.client(), ["hello"] * 3, stop=text[2:4])
+        server.wait_idle()
+        metrics = server.http.get("/metrics").text
+    for name in ("request_queue_time", "request_prefill_time", "request_decode_time", "e2e_request_latency"):
+        assert f'octavo:{name}_seconds_count{{model_name="tiny"}} 4.0' in metrics
+        assert f'octavo:{name}_seconds_sum{{model_name="tiny"}} 0.0\n' not in metrics

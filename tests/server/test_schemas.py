@@ -133,6 +133,15 @@ def test_echoed_prompts_have_logprobs_when_the_output_has() -> None:
         completion_params(completion(echo=True, logprobs=3, prompt_logprobs=2), {})
 
 
+def test_no_tokens_may_be_asked_for_where_the_prompt_is_shown() -> None:
+    for shown in ({"echo": True}, {"echo": True, "logprobs": 2}, {"prompt_logprobs": 2}):
+        params = completion_params(completion(max_tokens=0, **shown), {})
+        assert (params.max_tokens, params.prompt_logprobs) == (0, 0 if shown == {"echo": True} else 2)
+    for body in (completion(max_tokens=0), completion(max_tokens=0, logprobs=1)):
+        with pytest.raises(RequestError, match="max_tokens must be at least 1"):
+            completion_params(body, {})
+
+
 def test_a_generation_prompt_unless_the_last_message_is_continued() -> None:
     assert chat().adds_generation_prompt
     assert not chat(continue_final_message=True).adds_generation_prompt

@@ -9,7 +9,7 @@ import json
 import os
 import queue
 import sys
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 from urllib.parse import urlsplit
 
@@ -68,9 +68,35 @@ class Speaker(Protocol):
 
 def converse(speaker: Speaker, system: Sequence[Message], read: Callable[[str], str] = input) -> None:
     """Read lines, stream answers, until /exit or the end of the input."""
-    if sys.stdin.isatty():
-        with contextlib.suppress(ImportError):  # line editing and history in input()
-            import readline  # noqa: F401
+    with _line_editing() if sys.stdin.isatty() else contextlib.nullcontext():
+        _converse(speaker, system, read)
+
+
+@contextlib.contextmanager
+def _line_editing() -> Iterator[None]:
+    """History and editing in ``input()``, where the platform has them.
+
+    From beginning to end the terminal passes single bytes on. If it went back to collecting lines during an answer, a
+    Ctrl-D typed then would reach readline, which reads bytes again, as another key, and the conversation would not end.
+    """
+    try:
+        import readline  # noqa: F401
+        import termios
+    except ImportError:
+        yield
+        return
+    terminal = sys.stdin.fileno()
+    before = termios.tcgetattr(terminal)
+    single_bytes = termios.tcgetattr(terminal)
+    single_bytes[3] &= ~termios.ICANON
+    termios.tcsetattr(terminal, termios.TCSADRAIN, single_bytes)
+    try:
+        yield
+    finally:
+        termios.tcsetattr(terminal, termios.TCSADRAIN, before)
+
+
+def _converse(speaker: Speaker, system: Sequence[Message], read: Callable[[str], str]) -> None:
     print(f"{speaker.name}\n{HELP}\n")
     messages = list(system)
     while True:

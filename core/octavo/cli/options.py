@@ -46,7 +46,6 @@ ENGINE_OPTIONS: Mapping[str, Mapping[str, Option]] = {
         "max_num_seqs": Option("sequences that run at once; the others wait"),
         "max_num_batched_tokens": Option("tokens computed in one step", default="2048 on a CPU, 8192 on a GPU"),
         "max_num_partial_prefills": Option("long prompts that share one step's tokens"),
-        "max_num_waiting": Option("requests that may wait; more are refused with status 503"),
         "scheduling_policy": Option("order of admission, by name; plugins may add some"),
     },
     "memory": {

@@ -62,6 +62,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="principal",
         help="principal: with several keys, each has its own part of the prefix cache (default: %(default)s)",
     )
+    add(
+        "--max-num-waiting",
+        type=int,
+        default=8192,
+        metavar="N",
+        help="sequences that may wait beside the --max-num-seqs that run; what is more is refused with status 503 "
+        "(default: %(default)s)",
+    )
     add("--max-body-mib", type=float, default=32.0, help="largest request body, in MiB (default: %(default)s)")
     add("--drain-timeout", type=float, default=30.0, help="seconds left to requests on SIGTERM (default: %(default)s)")
     add("--log-level", choices=("debug", "info", "warning", "error"), default="info", help="(default: %(default)s)")
@@ -156,8 +164,8 @@ def _listen_config(args: argparse.Namespace) -> ListenConfig:
 def _server_config(args: argparse.Namespace, config: EngineConfig, resolved: Resolved) -> ServerConfig:
     from octavo.server.service import ServerConfig
 
-    if args.max_body_mib <= 0 or args.drain_timeout < 0:
-        raise ConfigError("--max-body-mib must be above 0 and --drain-timeout at least 0")
+    if args.max_body_mib <= 0 or args.drain_timeout < 0 or args.max_num_waiting < 0:
+        raise ConfigError("--max-body-mib must be above 0, --max-num-waiting and --drain-timeout at least 0")
     keys = args.api_key or [key for key in os.environ.get("OCTAVO_API_KEY", "").split(",") if key]
     if any(not key.strip() for key in keys):
         raise ConfigError("--api-key must not be empty")
@@ -170,7 +178,7 @@ def _server_config(args: argparse.Namespace, config: EngineConfig, resolved: Res
         prefix_cache_scope=args.prefix_cache_scope,
         max_body_bytes=int(args.max_body_mib * 2**20),
         drain_timeout=args.drain_timeout,
-        max_num_waiting=config.max_num_waiting,
+        max_num_waiting=args.max_num_waiting,
         sampling_defaults=defaults,
     )
 

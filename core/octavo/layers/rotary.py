@@ -49,6 +49,21 @@ def rope_parameters(config: Mapping[str, Any], layer_type: str | None = None) ->
     return parameters
 
 
+def longest_context(config: Mapping[str, Any], num_positions: int) -> int:
+    """How far the rope settings stretch a model that was trained on ``num_positions``.
+
+    Llama 3's settings are part of the training and stretch no further; settings that differ by layer type are the
+    model's own matter.
+    """
+    layered = any(isinstance(value, Mapping) for value in (config.get("rope_parameters") or {}).values())
+    parameters = {} if layered else rope_parameters(config)
+    factor = parameters.get("factor")
+    if not isinstance(factor, int | float) or parameters["rope_type"] not in ("linear", "dynamic", "yarn"):
+        return num_positions
+    trained = parameters["original_max_position_embeddings"] if parameters["rope_type"] == "yarn" else num_positions
+    return max(num_positions, int(trained * factor))
+
+
 class RotaryEmbedding:
     """A table of cosines and sines for every position below ``max_position``, in float32.
 

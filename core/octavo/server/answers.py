@@ -69,6 +69,16 @@ class Answer(ABC):
     def chunks(self, index: int, prompt: int, delta: CompletionDelta) -> list[dict[str, Any]]:
         """The chunks that a delta of the choice ``index`` becomes: none when it has nothing to say yet."""
 
+    def differs_in_text_alone(self, delta: CompletionDelta) -> bool:
+        """Whether the chunks of this choice that say only text, from now on, are all alike but for it.
+
+        ``delta`` is one whose chunks have been written.
+        """
+        body = self._body
+        return (
+            bool(delta.text) and delta.logprobs is None and not body.return_token_ids and body.prompt_logprobs is None
+        )
+
     def empty_chunk(self) -> dict[str, Any]:
         """The chunk that carries nothing but usage."""
         return self._piece(self.chunk_object, [])
@@ -149,6 +159,7 @@ class CompletionAnswer(Answer):
     ) -> None:
         super().__init__(model, fingerprint, body, prompts)
         self._echoes = echoes
+        self._with_logprobs = body.logprobs is not None
         self._offsets: dict[int, int] = {}
 
     def whole(self, completions: Sequence[tuple[int, int, Completion]]) -> dict[str, Any]:
@@ -171,9 +182,9 @@ class CompletionAnswer(Answer):
             "finish_reason": part.finish_reason,
             "stop_reason": part.stop_reason,
         }
-        if part.logprobs is not None:
+        if self._with_logprobs and (echo or part.logprobs is not None):
             echoed = self._prompt_logprobs.get(prompt, ()) if echo else ()
-            choice["logprobs"] = self._logprobs(index, echo, echoed, part.logprobs)
+            choice["logprobs"] = self._logprobs(index, echo, echoed, part.logprobs or ())
         if self._body.return_token_ids:
             choice["token_ids"] = part.token_ids
             if first:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import os
 import socket
@@ -99,6 +100,9 @@ class DrainingServer(uvicorn.Server):
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
         if self.started:
+            # what start-up made lives for ever: the collector need not look at it again and again
+            gc.collect()
+            gc.freeze()
             self._ready()
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:

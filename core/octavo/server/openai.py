@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Iterator, Sequence
-from typing import Any
+import uuid
+from collections.abc import Sequence
+from typing import Any, cast
 
 import msgspec
 from fastapi import APIRouter, Request
@@ -61,7 +62,7 @@ def make_router(service: Service) -> APIRouter:
         model = service.check_model(body.model)
         params = completion_params(body, service.config.sampling_defaults)
         given = prompts_of(body.prompt)
-        prompts = await asyncio.to_thread(encode_prompts, service.text, given, body.add_special_tokens is not False)
+        prompts = await encode_prompts(service.text, given, body.add_special_tokens is not False)
         echoes = await asyncio.to_thread(echoed_texts, service.text, given, prompts) if body.echo else []
         answer = CompletionAnswer(model, service.fingerprint, body, prompts, echoes)
         return await respond(service, request, body, answer, params, principal)
@@ -96,8 +97,14 @@ def make_models_router(service: Service) -> APIRouter:
     return router
 
 
-def encode_prompts(text: TextProcessor, prompts: Sequence[Prompt], add_special_tokens: bool) -> list[list[int]]:
-    """Token ids of each prompt; texts inside a list of ids are encoded where they stand."""
+async def encode_prompts(text: TextProcessor, prompts: Sequence[Prompt], add_special_tokens: bool) -> list[list[int]]:
+    """Token ids of each prompt; texts inside a list of ids are encoded where they stand. In a thread, if any are."""
+    if all(isinstance(prompt, list) and set(map(type, prompt)) == {int} for prompt in prompts):
+        return cast("list[list[int]]", prompts)
+    return await asyncio.to_thread(_encode_prompts, text, prompts, add_special_tokens)
+
+
+def _encode_prompts(text: TextProcessor, prompts: Sequence[Prompt], add_special_tokens: bool) -> list[list[int]]:
     encoded = []
     for prompt in prompts:
         if isinstance(prompt, str):
@@ -159,7 +166,10 @@ async def collect(generation: Generation, answer: Answer, params: SamplingParams
 
 
 class StreamWriter:
-    """Deltas to server-sent events: a chunk for each that has something to say, usage if asked for, the end mark."""
+    """Deltas to server-sent events: a chunk for each that has something to say, usage if asked for, the end mark.
+
+    Nearly all events of a choice differ in their text alone: what stands around it is written once.
+    """
 
     def __init__(self, answer: Answer, num_samples: int, options: StreamOptions | None) -> None:
         self._answer = answer
@@ -167,12 +177,13 @@ class StreamWriter:
         self._with_usage = options is not None and bool(options.include_usage)
         self._running_usage = options is not None and bool(options.continuous_usage_stats)
         self._usage = Usage(answer.prompts)
+        self._frames: dict[int, tuple[bytes, bytes]] = {}  # by choice
 
     def events(self, arrived: Sequence[Arrival]) -> bytes:
         """What has come, as events; empty when it has nothing to say yet."""
         for prompt, delta in arrived:  # a step's samples may be in any order, and the first one has these for all
             self._answer.remember(prompt, delta.prompt_logprobs)
-        return b"".join([event for prompt, delta in arrived for event in self._chunks(prompt, delta)])
+        return b"".join([self._event(prompt, delta) for prompt, delta in arrived])
 
     def end(self) -> bytes:
         """The last events."""
@@ -180,12 +191,25 @@ class StreamWriter:
             return _event({**self._answer.empty_chunk(), "usage": self._usage.content()}) + DONE
         return DONE
 
-    def _chunks(self, prompt: int, delta: CompletionDelta) -> Iterator[bytes]:
+    def _event(self, prompt: int, delta: CompletionDelta) -> bytes:
         self._usage.count(prompt, len(delta.token_ids), delta.num_cached_tokens)
-        for chunk in self._answer.chunks(prompt * self._num_samples + delta.index, prompt, delta):
-            if self._with_usage:
+        index = prompt * self._num_samples + delta.index
+        frame = self._frames.get(index)
+        if frame is not None and delta.logprobs is None and delta.finish_reason is None:
+            return _encode(delta.text).join(frame) if delta.text else b""
+        events = self._chunks(index, prompt, delta)
+        if frame is None and not self._running_usage and self._answer.differs_in_text_alone(delta):
+            mark = uuid.uuid4().hex
+            before, after = self._chunks(index, prompt, CompletionDelta(delta.index, mark, [])).split(_encode(mark))
+            self._frames[index] = before, after
+        return events
+
+    def _chunks(self, index: int, prompt: int, delta: CompletionDelta) -> bytes:
+        chunks = self._answer.chunks(index, prompt, delta)
+        if self._with_usage:
+            for chunk in chunks:
                 chunk["usage"] = self._usage.content() if self._running_usage else None
-            yield _event(chunk)
+        return b"".join(map(_event, chunks))
 
 
 class EventStream(Response):
@@ -207,7 +231,8 @@ class EventStream(Response):
         """The ASGI application."""
         try:
             await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
-            last = await self._send_events(send)
+            # a task of its own: to wake it for every token is not to pass through every layer of middleware
+            last = await asyncio.create_task(self._send_events(send))
             await send({"type": "http.response.body", "body": last})
         except ClientGone:
             pass  # there is nobody to tell
@@ -226,5 +251,8 @@ class EventStream(Response):
         return self._writer.end()
 
 
+_encode = msgspec.json.Encoder().encode
+
+
 def _event(content: dict[str, Any]) -> bytes:
-    return b"data: " + msgspec.json.encode(content) + b"\n\n"
+    return b"data: " + _encode(content) + b"\n\n"

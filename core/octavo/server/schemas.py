@@ -277,6 +277,8 @@ def completion_params(body: CompletionBody, defaults: Defaults) -> SamplingParam
         if body.prompt_logprobs not in (None, body.logprobs):
             raise RequestError("with echo, prompt_logprobs must be the same as logprobs", param="prompt_logprobs")
         special["prompt_logprobs"] = body.logprobs
+    elif body.echo and body.max_tokens == 0 and body.prompt_logprobs is None:
+        special["prompt_logprobs"] = 0  # nothing is generated and nothing shown but the prompt
     return _sampling_params(body, {"max_tokens": DEFAULT_COMPLETION_TOKENS, **defaults}, special)
 
 
@@ -324,7 +326,7 @@ def prompts_of(prompt: str | list[Any]) -> list[Prompt]:
             raise RequestError("a prompt must be a text or a list of token ids", param="prompt")
         if not one:
             raise RequestError("a prompt must not be empty", param="prompt")
-        if isinstance(one, list) and not all(isinstance(part, str) or _is_token(part) for part in one):
+        if isinstance(one, list) and not set(map(type, one)) <= {int, str}:
             raise RequestError("a prompt that is a list holds token ids and texts only", param="prompt")
     return prompts
 

@@ -94,7 +94,7 @@ class Generation:
 
         Raises:
             EngineDead: the engine failed; carries its reason.
-            RequestError: the engine is too busy (503).
+            RequestError: the engine refused what it was given.
             ClientGone: the client went away.
         """
         while not self._arrived and self._num_open and self._failure is None:
@@ -122,9 +122,7 @@ class Generation:
             self._waiter.set_result(None)
 
     def _reason(self, error: str) -> Exception:
-        if self._frontend.client.dead is not None:
-            return EngineDead(error)
-        return RequestError(error, status=503, code="queue_full")  # all else was refused before it was submitted
+        return EngineDead(error) if self._frontend.client.dead is not None else RequestError(error)
 
 
 class Service:
@@ -251,13 +249,7 @@ class Service:
         """
         if self.draining:
             raise RequestError("the server is shutting down", status=503, code="shutting_down")
-        waiting, limit = self.client.stats.num_waiting, self.config.max_num_waiting
-        if waiting + len(prompts) * params.n > limit:
-            raise RequestError(
-                f"the queue is full: {waiting} requests wait and at most {limit} may; try again later",
-                status=503,
-                code="queue_full",
-            )
+        self._check_queue(len(prompts) * params.n)
         for prompt in prompts:
             self.frontend.checked(prompt, params)
         generation = Generation(self.frontend, len(prompts) * params.n)
@@ -272,6 +264,24 @@ class Service:
             generation.close()
             raise
         return generation
+
+    def _check_queue(self, num_samples: int) -> None:
+        """The one place that limits how much waits: every sequence of the engine was submitted here, so the count is
+        exact, whatever the engine has seen of it yet."""
+        num_open, num_running = self.frontend.num_open_samples, self.client.info.max_num_seqs
+        limit = num_running + self.config.max_num_waiting
+        if num_samples > limit:
+            raise RequestError(
+                f"the request asks for {num_samples} sequences at once, but at most {limit} may run or wait; send "
+                f"several requests"
+            )
+        if num_open + num_samples > limit:
+            raise RequestError(
+                f"the queue is full: {num_open} sequences run or wait, {num_samples} more are asked for, and at most "
+                f"{num_running} may run and {self.config.max_num_waiting} wait; try again later",
+                status=503,
+                code="queue_full",
+            )
 
 
 def _both(first: Callable[[T], None], second: Callable[[T], None] | None) -> Callable[[T], None]:

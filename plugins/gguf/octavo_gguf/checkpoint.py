@@ -18,6 +18,7 @@ from octavo.errors import CheckpointError
 from octavo.interfaces import Checkpoint, TensorInfo, WeightSource
 from octavo.loader import missing_tensor
 from octavo_gguf.dequantize import dequantize
+from octavo_gguf.metadata import Metadata
 from octavo_gguf.reader import MAGIC, GGUFFile, GGUFTensor
 
 if TYPE_CHECKING:
@@ -157,51 +158,51 @@ class GGUFCheckpoint:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._file = GGUFFile(path)
-        self._metadata = self._file.metadata
-        parts = self._metadata.get("split.count", 1)
+        self._metadata = Metadata(path, self._file.metadata)
+        parts = self._metadata.integer("split.count") or 1
         if parts > 1:
             raise CheckpointError(f"{path} is one of {parts} parts; join them with 'llama-gguf-split --merge' first")
-        self._name = str(self._metadata.get("general.architecture"))
+        self._name = str(self._metadata.text("general.architecture"))
         if self._name not in ARCHITECTURES:
             raise CheckpointError(
                 f"{path} holds the architecture '{self._name}'; known in GGUF files: {', '.join(ARCHITECTURES)}"
             )
-        window = self._get("attention.sliding_window")
-        self._architecture = MISTRAL if self._name == "llama" and window else ARCHITECTURES[self._name]
+        self._window = self._metadata.integer(self._key("attention.sliding_window"))
+        self._architecture = MISTRAL if self._name == "llama" and self._window else ARCHITECTURES[self._name]
 
     def config(self) -> dict[str, Any]:
-        hidden_size, num_heads = int(self._require("embedding_length")), int(self._require("attention.head_count"))
-        rotary = self._get("rope.dimension_count")
-        head_dim = int(self._get("attention.key_length") or rotary or hidden_size // num_heads)
+        hidden_size, num_heads = self._size("embedding_length"), self._size("attention.head_count")
+        rotary = self._metadata.integer(self._key("rope.dimension_count"))
+        head_dim = self._metadata.integer(self._key("attention.key_length")) or rotary or hidden_size // num_heads
         if rotary is not None and rotary != head_dim:
             raise CheckpointError(
-                f"{self.path} rotates {rotary} of {head_dim} dimensions of a head; only whole heads are supported"
+                f"{self.path} rotates {rotary} of {head_dim} dimensions of a head "
+                f"({self._key('rope.dimension_count')}); only whole heads are supported"
             )
-        theta = float(self._get("rope.freq_base") or 10000.0)
+        theta = float(self._metadata.number(self._key("rope.freq_base")) or 10000.0)
         scaling = self._rope_scaling(theta, head_dim)
         tensors = self._file.tensors
-        window = self._get("attention.sliding_window")
         return {
             "architectures": [self._architecture.name],
             "model_type": self._architecture.model_type,
             "vocab_size": self._require_tensor("token_embd.weight").shape[0],
             "hidden_size": hidden_size,
-            "intermediate_size": int(self._require("feed_forward_length")),
-            "num_hidden_layers": int(self._require("block_count")),
+            "intermediate_size": self._size("feed_forward_length"),
+            "num_hidden_layers": self._size("block_count"),
             "num_attention_heads": num_heads,
             "num_key_value_heads": self._num_kv_heads,
             "head_dim": head_dim,
             "hidden_act": "silu",
-            "max_position_embeddings": int(self._require("context_length")),
-            "rms_norm_eps": _shortest(self._require("attention.layer_norm_rms_epsilon")),
+            "max_position_embeddings": self._size("context_length"),
+            "rms_norm_eps": _shortest(self._metadata.require_number(self._key("attention.layer_norm_rms_epsilon"))),
             "rope_theta": theta,
             "rope_scaling": scaling,
             "rope_parameters": {"rope_type": "default", **(scaling or {}), "rope_theta": theta},
             "tie_word_embeddings": "output.weight" not in tensors,
             "attention_bias": "blk.0.attn_q.bias" in tensors,
             "mlp_bias": "blk.0.ffn_up.bias" in tensors,
-            "sliding_window": int(window) if window else None,
-            "use_sliding_window": bool(window),
+            "sliding_window": self._window or None,
+            "use_sliding_window": bool(self._window),
             "bos_token_id": self._token("bos"),
             "eos_token_id": self._token("eos"),
             "pad_token_id": self._token("padding"),
@@ -215,27 +216,21 @@ class GGUFCheckpoint:
     def tokenizer(self) -> PreTrainedTokenizerBase:
         from octavo_gguf.tokenizer import build_tokenizer
 
-        return build_tokenizer(self._metadata, self.path)
+        return build_tokenizer(self._metadata)
 
     def weights(self) -> WeightSource:
-        heads = {"attn_q": int(self._require("attention.head_count")), "attn_k": self._num_kv_heads}
+        heads = {"attn_q": self._size("attention.head_count"), "attn_k": self._num_kv_heads}
         return GGUFWeights(self._file, heads if self._architecture.permuted else {})
 
     @property
     def _num_kv_heads(self) -> int:
-        return int(self._get("attention.head_count_kv") or self._require("attention.head_count"))
+        return self._metadata.integer(self._key("attention.head_count_kv")) or self._size("attention.head_count")
 
-    def _get(self, key: str) -> Any:
-        value = self._metadata.get(f"{self._name}.{key}")
-        if isinstance(value, np.ndarray):
-            raise CheckpointError(f"{self.path} has a {self._name}.{key} for each layer; only one for all is supported")
-        return value
+    def _key(self, name: str) -> str:
+        return f"{self._name}.{name}"
 
-    def _require(self, key: str) -> Any:
-        value = self._get(key)
-        if value is None:
-            raise CheckpointError(f"{self.path} lacks the metadata '{self._name}.{key}'")
-        return value
+    def _size(self, name: str) -> int:
+        return self._metadata.size(self._key(name))
 
     def _require_tensor(self, name: str) -> GGUFTensor:
         if name not in self._file.tensors:
@@ -243,8 +238,7 @@ class GGUFCheckpoint:
         return self._file.tensors[name]
 
     def _token(self, role: str) -> int | None:
-        value = self._metadata.get(f"tokenizer.ggml.{role}_token_id")
-        return None if value is None else int(value)
+        return self._metadata.integer(f"tokenizer.ggml.{role}_token_id")
 
     def _stored_dtype(self) -> str:
         """The dtype to compute in where the device leaves the choice: the matrices' own; quantized ones: bfloat16."""
@@ -254,19 +248,22 @@ class GGUFCheckpoint:
     def _rope_scaling(self, theta: float, head_dim: int) -> dict[str, Any] | None:
         if ROPE_FACTORS in self._file.tensors:
             return self._llama3_scaling(theta, head_dim)
-        kind = self._get("rope.scaling.type")
+        kind = self._metadata.text(self._key("rope.scaling.type"))
         if kind in (None, "none"):
             return None
-        factor = float(self._require("rope.scaling.factor"))
+        factor = float(self._metadata.require_number(self._key("rope.scaling.factor")))
         if kind == "linear":
             return {"rope_type": "linear", "factor": factor}
         if kind == "yarn":
             scaling: dict[str, Any] = {"rope_type": "yarn", "factor": factor}
-            original = self._get("rope.scaling.original_context_length")
+            original = self._metadata.integer(self._key("rope.scaling.original_context_length"))
             if original is not None:
-                scaling["original_max_position_embeddings"] = int(original)
+                scaling["original_max_position_embeddings"] = original
             return scaling
-        raise CheckpointError(f"{self.path} scales rope by '{kind}'; known: none, linear, yarn, llama3 factors")
+        raise CheckpointError(
+            f"{self.path} has '{kind}' under '{self._key('rope.scaling.type')}'; known: none, linear, yarn, "
+            f"llama3 factors"
+        )
 
     def _llama3_scaling(self, theta: float, head_dim: int) -> dict[str, Any]:
         """The settings whose factors the file holds: all published models share all but the factor."""

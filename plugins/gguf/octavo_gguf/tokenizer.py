@@ -8,12 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
 from octavo.errors import CheckpointError
+from octavo_gguf.metadata import Metadata
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -69,7 +69,7 @@ PRE_TOKENIZERS = {
 }
 
 
-def build_tokenizer(metadata: Mapping[str, Any], path: Path) -> PreTrainedTokenizerBase:
+def build_tokenizer(metadata: Metadata) -> PreTrainedTokenizerBase:
     """The tokenizer that the file describes, with its chat template.
 
     Raises:
@@ -77,17 +77,19 @@ def build_tokenizer(metadata: Mapping[str, Any], path: Path) -> PreTrainedTokeni
     """
     from transformers import PreTrainedTokenizerFast
 
-    kind = metadata.get("tokenizer.ggml.model")
+    path = metadata.path
+    kind = metadata.text("tokenizer.ggml.model")
     builders = {"gpt2": _byte_level, "llama": _sentencepiece}
     if kind not in builders:
         raise CheckpointError(
             f"{path} has a tokenizer of the kind '{kind}'; known: {', '.join(builders)}. Name another with --tokenizer"
         )
-    tokens = metadata.get("tokenizer.ggml.tokens")
+    tokens = metadata.texts("tokenizer.ggml.tokens")
     if not tokens:
         raise CheckpointError(f"{path} holds no tokenizer.ggml.tokens; name a tokenizer with --tokenizer")
-    types = list(metadata.get("tokenizer.ggml.token_type", ()))
-    tokenizer, add_bos = builders[kind](metadata, path, tokens, types)
+    stored_types = metadata.numbers("tokenizer.ggml.token_type")
+    types: list[int] = [] if stored_types is None else stored_types.tolist()
+    tokenizer, add_bos = builders[kind](metadata, tokens, types)
     tokenizer.add_tokens(
         [
             AddedToken(token, normalized=False, special=bool(kind_of_token == CONTROL))
@@ -98,10 +100,11 @@ def build_tokenizer(metadata: Mapping[str, Any], path: Path) -> PreTrainedTokeni
     names = {
         role: tokens[token_id]
         for role in ("bos", "eos", "unknown", "padding")
-        if (token_id := metadata.get(f"tokenizer.ggml.{role}_token_id")) is not None and token_id < len(tokens)
+        if (token_id := metadata.integer(f"tokenizer.ggml.{role}_token_id")) is not None and token_id < len(tokens)
     }
-    begin = [names["bos"]] if metadata.get("tokenizer.ggml.add_bos_token", add_bos) and "bos" in names else []
-    end = [names["eos"]] if metadata.get("tokenizer.ggml.add_eos_token", False) and "eos" in names else []
+    said = metadata.flag("tokenizer.ggml.add_bos_token")
+    begin = [names["bos"]] if (add_bos if said is None else said) and "bos" in names else []
+    end = [names["eos"]] if metadata.flag("tokenizer.ggml.add_eos_token") and "eos" in names else []
     if begin or end:
         tokenizer.post_processor = processors.TemplateProcessing(
             single=[*begin, "$A", *end],
@@ -116,28 +119,31 @@ def build_tokenizer(metadata: Mapping[str, Any], path: Path) -> PreTrainedTokeni
     fast: PreTrainedTokenizerBase = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         clean_up_tokenization_spaces=False,
-        chat_template=metadata.get("tokenizer.chat_template"),
+        chat_template=metadata.text("tokenizer.chat_template"),
         **special,
     )
     return fast
 
 
-def _byte_level(
-    metadata: Mapping[str, Any], path: Path, tokens: Sequence[str], types: Sequence[int]
-) -> tuple[Tokenizer, bool]:
+def _byte_level(metadata: Metadata, tokens: Sequence[str], types: Sequence[int]) -> tuple[Tokenizer, bool]:
     """Byte-pair merges over GPT-2's byte alphabet."""
-    name = metadata.get("tokenizer.ggml.pre", "default")
+    name = metadata.text("tokenizer.ggml.pre") or "default"
     if name not in PRE_TOKENIZERS:
         raise CheckpointError(
-            f"{path} cuts text with the pre-tokenizer '{name}', which is not known; known: "
+            f"{metadata.path} cuts text with the pre-tokenizer '{name}', which is not known; known: "
             f"{', '.join(PRE_TOKENIZERS)}. Name the model's original tokenizer with --tokenizer"
         )
     family = PRE_TOKENIZERS[name]
-    merges = []
-    for merge in metadata.get("tokenizer.ggml.merges", ()):
-        left, _, right = merge.partition(" ")
-        merges.append((left, right))
     vocabulary = {token: token_id for token_id, token in enumerate(tokens)}
+    merges = []
+    for merge in metadata.texts("tokenizer.ggml.merges") or ():
+        left, _, right = merge.partition(" ")
+        if left not in vocabulary or right not in vocabulary or left + right not in vocabulary:
+            raise CheckpointError(
+                f"{metadata.path} merges '{left}' and '{right}' (tokenizer.ggml.merges), which are not tokens "
+                f"that make a third; name the model's original tokenizer with --tokenizer"
+            )
+        merges.append((left, right))
     tokenizer = Tokenizer(models.BPE(vocabulary, merges, ignore_merges=family.ignore_merges))
     if family.normalizer is not None:
         tokenizer.normalizer = family.normalizer()
@@ -146,19 +152,23 @@ def _byte_level(
     return tokenizer, family.add_bos
 
 
-def _sentencepiece(
-    metadata: Mapping[str, Any], path: Path, tokens: Sequence[str], types: Sequence[int]
-) -> tuple[Tokenizer, bool]:
+def _sentencepiece(metadata: Metadata, tokens: Sequence[str], types: Sequence[int]) -> tuple[Tokenizer, bool]:
     """SentencePiece's BPE: the best-scored adjacent pair is merged first; unknown characters become bytes."""
-    scores = metadata.get("tokenizer.ggml.scores")
+    scores = metadata.numbers("tokenizer.ggml.scores")
     if scores is None or len(scores) != len(tokens):
-        raise CheckpointError(f"{path} does not hold one of tokenizer.ggml.scores for each of {len(tokens)} tokens")
+        raise CheckpointError(
+            f"{metadata.path} does not hold one of tokenizer.ggml.scores for each of {len(tokens)} tokens"
+        )
     vocabulary = {token: token_id for token_id, token in enumerate(tokens)}
     merges = _merges_from_scores(vocabulary, [float(score) for score in scores], types)
-    unknown = metadata.get("tokenizer.ggml.unknown_token_id", 0)
+    unknown = metadata.integer("tokenizer.ggml.unknown_token_id") or 0
+    if unknown >= len(tokens):
+        raise CheckpointError(
+            f"{metadata.path} has {len(tokens)} tokens and no tokenizer.ggml.unknown_token_id {unknown}"
+        )
     model = models.BPE(vocabulary, merges, unk_token=tokens[unknown], fuse_unk=True, byte_fallback=BYTE in types)
     tokenizer = Tokenizer(model)
-    add_space = bool(metadata.get("tokenizer.ggml.add_space_prefix", True))
+    add_space = metadata.flag("tokenizer.ggml.add_space_prefix") is not False
     spaces = [normalizers.Prepend(METASPACE)] if add_space else []
     tokenizer.normalizer = normalizers.Sequence([*spaces, normalizers.Replace(" ", METASPACE)])
     strip = [decoders.Strip(" ", 1, 0)] if add_space else []

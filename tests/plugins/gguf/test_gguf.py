@@ -383,6 +383,40 @@ def test_sentencepiece_merges_follow_the_scores(path: Path) -> None:
     assert tokenizer.decode(tokenizer("abc é").input_ids, skip_special_tokens=True) == "abc é"
 
 
+@pytest.mark.parametrize("tokenizer", ["gpt2", "llama"])
+def test_metadata_of_a_wrong_type_is_named(path: Path, tokenizer: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever stands under whichever key: it is read, or it is refused with the file's name and the key's."""
+    write(path, lambda w: w.add_token_scores([0.0] * (len(BYTE_ALPHABET) + 4)), tokenizer=tokenizer)
+    GGUFCheckpoint(path).tokenizer()  # as it is, nothing is wrong
+    whole = GGUFFile(path)
+    optional = {
+        *(f"llama.{name}" for name in ("rope.dimension_count", "attention.key_length", "attention.sliding_window")),
+        *(f"tokenizer.ggml.{name}" for name in ("add_bos_token", "add_eos_token", "add_space_prefix")),
+        *(f"tokenizer.ggml.{name}_token_id" for name in ("eot", "unknown", "padding")),
+        *("llama.rope.scaling.type", "split.count"),
+    }
+    unread = {"tokenizer.ggml.add_space_prefix"} if tokenizer == "gpt2" else set()
+    strange: list[Any] = [-1, 0, 2.5, 10**9, True, "x", ["a", "b c"], np.array([1, 2]), np.array([1.5])]
+    refused: dict[tuple[str, str], str] = {}
+    for key in {*whole.metadata, *optional}:
+        for value in strange:
+            monkeypatch.setattr(whole, "metadata", {**GGUFFile(path).metadata, key: value})
+            monkeypatch.setattr("octavo_gguf.checkpoint.GGUFFile", lambda _: whole)
+            try:
+                checkpoint = GGUFCheckpoint(path)
+                checkpoint.config()
+                checkpoint.generation_config()
+                checkpoint.tokenizer()
+            except CheckpointError as error:
+                refused[key, str(value)] = str(error)
+    for (key, value), message in refused.items():
+        assert str(path) in message, (key, value)
+        assert key.rpartition(".")[2] in message or "--tokenizer" in message or "parts" in message, (key, value)
+    assert {key for key, _ in refused} >= {
+        key for key in whole.metadata if key.startswith("llama.")
+    } | optional - unread
+
+
 # --- the default model -----------------------------------------------------------------------------------------------
 
 

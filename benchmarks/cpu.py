@@ -96,12 +96,16 @@ class Octavo:
             known += self._step()
         return (known - first) / (time.process_time() - started)
 
-    def prefill(self, prompt: Sequence[int]) -> float:
-        """Prompt tokens per second, the first new token included."""
-        self._submit([prompt], 1)
-        started = time.process_time()
+    def run(self, prompts: Sequence[Sequence[int]], num_tokens: int) -> None:
+        """All of it, prompts and output."""
+        self._submit(prompts, num_tokens)
         while self._engine.has_work:
             self._step()
+
+    def prefill(self, prompt: Sequence[int]) -> float:
+        """Prompt tokens per second, the first new token included."""
+        started = time.process_time()
+        self.run([prompt], 1)
         return len(prompt) / (time.process_time() - started)
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import cProfile
+import gc
 import io
 import json
 import logging
@@ -24,14 +25,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import soak
 import torch
 
+from octavo.batch import StepPlan
 from octavo.bench import report
 from octavo.bench.datasets import BenchRequest, random_requests, trace_requests
 from octavo.client import drive
 from octavo.config import EngineConfig
+from octavo.engine import InFlight
+from octavo.graphs import StepShape
 from octavo.messages import Command, Shutdown, StepOutputs, Submit
 from octavo.request import SamplingParams
+from octavo.runner import LaunchedStep
+from octavo.speculation import NOTHING_DRAFTED
 from octavo.startup import build_engine, resolve
 
 LLAMA_8B = {
@@ -104,6 +111,8 @@ class Octavo:
         self.engine = build_engine(resolve(EngineConfig(model=str(model), **settings)))
         self.vocab_size = self.engine.info.vocab_size
         self._name = 0
+        gc.collect()
+        gc.freeze()  # as the engine's own process does: else the collector stops everything for 80 ms now and then
 
     def submit(self, request: BenchRequest, num_tokens: int) -> Submit:
         """A request that the engine has not seen yet."""
@@ -180,7 +189,7 @@ def host_time(octavo: Octavo, num_rows: int) -> dict[str, float]:
         done = time.perf_counter()
         torch.cuda.synchronize()
         ready = time.perf_counter()
-        engine.settle(_in_flight(launched, begin))
+        engine.settle(InFlight(launched, begin, NOTHING_DRAFTED))
         if len(plan.rows) == num_rows == plan.num_tokens:
             parts["schedule"].append(scheduled - begin)
             parts["launch"].append(done - scheduled)
@@ -221,10 +230,69 @@ def mixed(octavo: Octavo, num_rows: int = 250, num_steps: int = 40) -> str:
     )
 
 
-def _in_flight(launched: Any, started: float) -> Any:
-    from octavo.engine import InFlight
+class Watch:
+    """Times every step on the device while an engine runs: how long it took, and how long the device waited for it."""
 
-    return InFlight(launched, started)
+    def __init__(self, octavo: Octavo) -> None:
+        self._runner = octavo.engine.runner
+        self._launch = self._runner.launch
+        self._steps: list[tuple[StepPlan, str, float, torch.cuda.Event, torch.cuda.Event]] = []
+
+    def __enter__(self) -> Watch:
+        graphs, replayed = self._runner.graphs, []
+        if graphs is not None:
+            replay = graphs.replay
+
+            def note(shape: StepShape, *args: Any) -> Any:
+                replayed.append(shape)
+                return replay(shape, *args)
+
+            graphs.replay = note  # type: ignore[method-assign]
+
+        def launch(plan: StepPlan) -> LaunchedStep:
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+            started = time.perf_counter()
+            begin.record()
+            launched = self._launch(plan)
+            end.record()
+            shape = replayed.pop() if replayed else None
+            kind = "eager" if shape is None else f"graph {shape.num_decodes}+{shape.num_longer_tokens}"
+            self._steps.append((plan, kind, time.perf_counter() - started, begin, end))
+            return launched
+
+        self._runner.launch = launch  # type: ignore[method-assign]
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._runner.launch = self._launch  # type: ignore[method-assign]
+        if self._runner.graphs is not None:
+            del self._runner.graphs.replay
+        torch.cuda.synchronize()
+
+    def table(self) -> str:
+        """Steps by kind and number of tokens, those that took the most time first."""
+        sums: dict[tuple[str, int], list[float]] = {}
+        before = None
+        for plan, kind, host, begin, end in self._steps:
+            if kind.endswith("+0"):
+                kind = "graph, decodes"
+            num_tokens = plan.num_tokens
+            size = 1 << (num_tokens - 1).bit_length()
+            figures = sums.setdefault((kind, size), [0.0] * 5)
+            gap = before.elapsed_time(begin) if before is not None else 0.0
+            for i, value in enumerate((1, num_tokens, begin.elapsed_time(end), gap, host * 1e3)):
+                figures[i] += value
+            before = end
+        head = f"{'step':<18}{'tokens up to':>13}{'count':>7}{'tokens':>8}"
+        lines = [head + f"{'device, ms':>12}{'waits, ms':>11}{'host, ms':>10}{'all, s':>9}"]
+        for (kind, size), (count, tokens, busy, idle, host) in sorted(sums.items(), key=lambda item: -item[1][2]):
+            lines.append(
+                f"{kind:<18}{size:>13}{count:>7.0f}{tokens / count:>8.0f}{busy / count:>12.2f}{idle / count:>11.3f}"
+                f"{host / count:>10.2f}{busy / 1e3:>9.3f}"
+            )
+        busy, idle = (sum(figures[i] for figures in sums.values()) / 1e3 for i in (2, 3))
+        lines.append(f"the device was busy for {busy:.2f} s and waited for {idle:.3f} s")
+        return "\n".join(lines)
 
 
 def profile(octavo: Octavo, batch: int) -> str:
@@ -275,19 +343,33 @@ class Table:
         self.rows.append({"name": name, "unit": unit, "octavo": value, "vllm": anchor.vllm, "must": anchor.must})
 
 
-PARTS = ("decode", "prefill", "throughput", "throughput-1024", "host", "mixed", "profile", "startup", "ready")
+PARTS = (
+    "decode",
+    "prefill",
+    "throughput",
+    "throughput-1024",
+    "host",
+    "mixed",
+    "profile",
+    "steps",
+    "startup",
+    "soak",
+    "ready",
+)
 
 
 def main() -> None:
     """Measure the parts that were asked for."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
-    parser.add_argument("parts", nargs="*", metavar="PART", help=f"of {', '.join(PARTS[:-1])} (default: all)")
+    parser.add_argument("parts", nargs="*", metavar="PART", help=f"of {', '.join(PARTS[:-1])} (default: all but soak)")
     parser.add_argument("--batches", type=int, nargs="+", default=list(DECODE), help="of decode and profile")
     parser.add_argument("--workloads", nargs="+", default=list(THROUGHPUT), help="of throughput")
     parser.add_argument("--enforce-eager", action="store_true", help="without CUDA graphs")
+    parser.add_argument("--requests", type=int, help="of throughput and steps; default: all")
+    parser.add_argument("--minutes", type=float, default=8.0, help="of soak")
     parser.add_argument("--save", type=Path, metavar="FILE", help="write every figure as JSON")
     args = parser.parse_args()
-    parts = args.parts or PARTS[:-1]
+    parts = args.parts or PARTS[:-2]
     if "ready" in parts:
         logging.basicConfig(level="INFO", format="%(message)s")
         octavo = Octavo(Path(os.environ["OCTAVO_MODEL"]))
@@ -310,7 +392,7 @@ def measure(model: Path, parts: Sequence[str], args: argparse.Namespace) -> dict
     if "startup" in parts:
         for name, seconds in startup(model).items():
             table.add(f"start-up, {name}", "s", STARTUP[name], seconds)
-    if {"decode", "prefill", "throughput", "host", "mixed", "profile"} & set(parts):
+    if {"decode", "prefill", "throughput", "host", "mixed", "profile", "steps"} & set(parts):
         octavo = Octavo(model, enforce_eager=args.enforce_eager)
         result["startup_seconds"] = octavo.engine.info.startup_seconds
         print("start-up", octavo.engine.info.startup_seconds)
@@ -322,6 +404,12 @@ def measure(model: Path, parts: Sequence[str], args: argparse.Namespace) -> dict
         octavo = Octavo(model, max_num_seqs=1024)
         requests = trace_requests(TRACE, None, vocab_size=octavo.vocab_size)
         table.add("trace, 1024 rows", "tok/s", THROUGHPUT["trace, 1024 rows"], throughput(octavo, requests))
+        del octavo
+        torch.cuda.empty_cache()
+    if "soak" in parts:
+        # few blocks and long prompts: the cache is full, and requests give way to each other all the time
+        octavo = Octavo(model, max_num_seqs=64, max_model_len=4096, num_blocks=1024, max_num_batched_tokens=2048)
+        soak.soak(octavo.engine, args.minutes, seed=0)
     return result
 
 
@@ -346,15 +434,20 @@ def run_parts(
         for length, anchor in PREFILL.items():
             table.add(f"prefill, {length} tokens", "ms", anchor, time_to_first_token(octavo, length))
         table.add("prefill, 32 x 8192", "tok/s", LONG_PREFILL, long_prefill(octavo))
-    if "throughput" in parts:
+    if {"throughput", "steps"} & set(parts):
         workloads: dict[str, Callable[[], list[BenchRequest]]] = {
             "trace": lambda: trace_requests(TRACE, None, vocab_size=octavo.vocab_size),
             "512 in, 128 out": lambda: _uniform(octavo, 1000, 512, 128),
             "1024 in, 1024 out": lambda: _uniform(octavo, 256, 1024, 1024),
         }
-        for name, requests in workloads.items():
-            if name in args.workloads:
-                table.add(name, "tok/s", THROUGHPUT[name], throughput(octavo, requests()))
+        for name, make in workloads.items():
+            requests = make()[: args.requests] if name in args.workloads else []
+            if requests and "throughput" in parts:
+                table.add(name, "tok/s", THROUGHPUT[name], throughput(octavo, requests))
+            if requests and "steps" in parts:
+                with Watch(octavo) as watch:
+                    throughput(octavo, requests)
+                print(f"{name}:\n{watch.table()}", flush=True)
 
 
 def _uniform(octavo: Octavo, count: int, num_input: int, num_output: int) -> list[BenchRequest]:

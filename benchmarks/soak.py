@@ -2,7 +2,8 @@
 
 Requests of all kinds arrive at random while others are aborted; the cache is small, so that it is full and requests
 are preempted all the time. The engine proves its invariants again and again; at the end no block may be held, and
-the memory of the process is printed over time.
+the memory of the process (and the GPU's) is printed over time. ``benchmarks/gpu.py soak`` does the same with a large
+model on a GPU.
 """
 
 from __future__ import annotations
@@ -13,11 +14,15 @@ import time
 from collections import Counter
 from pathlib import Path
 
+import torch
+
 from octavo.config import EngineConfig
 from octavo.engine import Engine
 from octavo.messages import Abort, Submit
 from octavo.request import SamplingParams
 from octavo.startup import build_engine, resolve
+
+GRAPHS_BYTES = 512 * 2**20  # what steps captured under way may keep on a GPU
 
 
 def random_submit(name: str, engine: Engine, pick: random.Random) -> Submit:
@@ -45,10 +50,15 @@ def random_submit(name: str, engine: Engine, pick: random.Random) -> Submit:
     return Submit(name, prompt, params, seed=pick.randrange(2**62), bad_token_ids=[[5, 6]] if params.bad_words else [])
 
 
-def resident_mib() -> float:
-    """What the process holds of the machine's memory, after Linux."""
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return pages * 4096 / 2**20
+def device_memory(engine: Engine) -> int:
+    """Bytes that torch has allocated on the engine's GPU; 0 on a CPU."""
+    return torch.cuda.memory_allocated() if engine.info.device.startswith("cuda") else 0
+
+
+def memory(engine: Engine) -> str:
+    """What the process holds of the machine's memory, after Linux, and of the GPU's."""
+    resident = int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+    return f"{resident / 2**20:8.1f} MiB, GPU {device_memory(engine) / 2**20:8.1f} MiB"
 
 
 def soak(engine: Engine, minutes: float, seed: int) -> None:
@@ -60,6 +70,7 @@ def soak(engine: Engine, minutes: float, seed: int) -> None:
     next_line = 0.0
     num_submitted = num_steps = 0
     in_flight = None
+    before = device_memory(engine)
     while time.monotonic() < end or open_samples:
         arriving = time.monotonic() < end
         if arriving and len(open_samples) < 4 * engine.info.max_num_seqs and pick.random() < 0.3:
@@ -79,6 +90,7 @@ def soak(engine: Engine, minutes: float, seed: int) -> None:
             engine.check()
         for output in outputs.sequences if outputs else ():
             counts["tokens"] += len(output.token_ids)
+            assert output.error is None, output.error
             if output.finish_reason is not None:
                 counts[str(output.finish_reason)] += 1
                 open_samples[output.request_id] -= 1
@@ -88,11 +100,15 @@ def soak(engine: Engine, minutes: float, seed: int) -> None:
         counts["prefix hits"] += outputs.stats.num_prefix_hits if outputs else 0
         if time.monotonic() >= next_line:
             next_line = time.monotonic() + minutes * 6
-            print(f"{num_steps:9} steps  {resident_mib():8.1f} MiB  {dict(counts)}", flush=True)
+            print(f"{num_steps:9} steps  {memory(engine)}  {dict(counts)}", flush=True)
+    if in_flight is not None:
+        engine.settle(in_flight)  # of requests that ended meanwhile
     engine.check()
+    kept = device_memory(engine) - before
+    assert kept < GRAPHS_BYTES, f"{kept / 2**20:.0f} MiB more than before are allocated on the GPU"
     blocks = engine.scheduler.blocks
     assert blocks.num_free == blocks.num_blocks, f"{blocks.num_blocks - blocks.num_free} blocks are lost"
-    print(f"{num_steps:9} steps  {resident_mib():8.1f} MiB  {dict(counts)}; every block is free")
+    print(f"{num_steps:9} steps  {memory(engine)}  {dict(counts)}; every block is free")
 
 
 def main() -> None:

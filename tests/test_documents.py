@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib
 import inspect
 import json
@@ -14,10 +15,12 @@ from pathlib import Path
 import pytest
 from benchmarks import report
 
-from octavo.cli import COMMANDS
+from octavo.cli import COMMANDS, serve
+from octavo.cli.options import engine_parser
 from octavo.hooks import Hooks
 from octavo.plugins import PluginHost, PluginRecord
 from octavo.request import Request, SamplingParams
+from octavo.server.schemas import ChatBody, CompletionBody
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCUMENTS = [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("examples/**/*.md")]
@@ -133,3 +136,16 @@ def test_the_examples_of_a_page_run(page: Path, tmp_path: Path) -> None:
         [sys.executable, "-c", "\n".join(program)], cwd=tmp_path, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
+
+
+def test_the_page_about_serving_names_every_option_of_the_server_and_every_field() -> None:
+    page = (ROOT / "docs" / "serving.md").read_text()
+    parser = argparse.ArgumentParser()
+    serve.add_arguments(parser)
+    options = [flag for action in parser._actions for flag in action.option_strings if flag.startswith("--")]
+    missing = [flag for flag in options if flag not in page and flag not in ("--help", "--log-level")]
+    assert missing == []
+    fields = {*ChatBody.__struct_fields__, *CompletionBody.__struct_fields__} - {"best_of"}
+    assert [field for field in fields if f"`{field}`" not in page] == []
+    known = {flag for action in engine_parser()._actions for flag in action.option_strings} | set(options)
+    assert [flag for flag in re.findall(r"`(--[a-z-]+)", page) if flag not in known and flag != "--help"] == []

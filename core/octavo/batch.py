@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
+
+import msgspec
 
 from octavo.request import Request
 
@@ -12,7 +14,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-class PlannedRow(NamedTuple):
+class PlannedRow(msgspec.Struct, frozen=True, gc=False):
     """One request's part of a step: tokens ``start`` to ``start + num_tokens`` are computed.
 
     The last ``len(drafts)`` of them are drafts. ``samples`` says whether the row's last token is the request's newest,
@@ -53,7 +55,8 @@ class StepPlan:
 class ForwardBatch:
     """A step as the model and the attention backend see it. Rows are sequences; tokens of a row are consecutive.
 
-    Rows with a single query token come first (``num_decodes`` of them), so that a backend may treat them apart.
+    Rows with a single query token come first (``num_decodes`` of them), so that a backend may treat them apart; among
+    them contexts grow longer, so that a kernel may begin with the longest.
     """
 
     tokens: Tensor  # [num_tokens] int64

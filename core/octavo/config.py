@@ -105,6 +105,15 @@ class EngineConfig:
             )
         if self.cpu_kv_cache_gib <= 0.0:
             raise ConfigError(f"cpu_kv_cache_gib must be above 0, not {self.cpu_kv_cache_gib}")
+        if self.prefix_cache is not None and not self.enable_prefix_caching:
+            raise ConfigError(
+                f"prefix_cache {self.prefix_cache} contradicts enable_prefix_caching; leave one of them out"
+            )
+        if not self.speculative.enabled and self.speculative != SpeculativeConfig():
+            raise ConfigError(
+                "speculation has settings, but nothing says how tokens are guessed; add --speculative-model or "
+                "--speculative-method, or leave them out"
+            )
         for name, value in (
             ("tensor_parallel_size", self.tensor_parallel_size),
             ("pipeline_parallel_size", self.pipeline_parallel_size),

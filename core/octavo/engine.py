@@ -22,7 +22,7 @@ from octavo.messages import (
     samples,
 )
 from octavo.request import FinishReason, Request
-from octavo.runner import LaunchedStep, Runner, StepResult
+from octavo.runner import LaunchedStep, Runner
 from octavo.scheduler import Scheduler, SettledRow
 from octavo.speculation import Drafted, NoSpeculation
 
@@ -136,15 +136,21 @@ class Engine:
         result = step.launched.wait()
         plan = step.launched.plan
         items = self.scheduler.settle(plan, result.token_ids)
-        settled = {id(item.row): item for item in items}
-        for index, row in enumerate(plan.rows):
-            item = settled.get(id(row))
-            if item is not None:
-                self._collect_prompt_logprobs(item, result.prompt_logprobs.get(index))
-                sequences.extend(self._report(item, result, index))
+        for item in items:
+            request = item.row.request
+            if request.prompt_logprobs is not None:
+                self._collect_prompt_logprobs(item, result.prompt_logprobs.get(item.index))
+            if item.finish_reason is not None:
+                self._speculation.release(request)
+            if item.token_ids:
+                sequences.append(self._report(item, result.logprobs[item.index]))
         now = time.perf_counter()
         stats = StepStats(
-            num_prompt_tokens=sum(max(0, min(row.end, row.request.num_prompt) - row.start) for row in plan.rows),
+            num_prompt_tokens=sum(
+                min(row.end, row.request.num_prompt) - row.start
+                for row in plan.rows
+                if row.start < row.request.num_prompt
+            ),
             num_output_tokens=sum(len(item.token_ids) for item in items),
             num_preemptions=plan.num_preempted,
             num_prefix_queries=plan.num_prefix_queries,
@@ -162,31 +168,23 @@ class Engine:
 
     # --- reporting ---------------------------------------------------------------------------------------------------
 
-    def _report(self, item: SettledRow, result: StepResult, index: int) -> Sequence[SequenceOutput]:
+    def _report(self, item: SettledRow, logprobs: Sequence[TokenLogprobs] | None) -> SequenceOutput:
         request = item.row.request
-        if item.finish_reason is not None:
-            self._speculation.release(request)
-        if not item.token_ids:
-            return ()
-        logprobs = result.logprobs[index]
-        output = self._output(request, list(item.token_ids), item.finish_reason)
+        output = self._output(request, item.token_ids, item.finish_reason)
         if logprobs is not None:
             output.logprobs = list(logprobs[: len(item.token_ids)])
         if request.prompt_logprobs is not None:
             output.prompt_logprobs, request.prompt_logprobs = request.prompt_logprobs, None
-        return (output,)
+        return output
 
     def _output(self, request: Request, token_ids: list[int], reason: FinishReason | None) -> SequenceOutput:
-        output = SequenceOutput(
-            request.request_id,
-            request.index,
-            token_ids,
-            finish_reason=reason,
-            stop_token_id=request.stop_token_id,
-            num_cached_tokens=request.num_cached if request.index == 0 else 0,
-        )
-        begins = bool(token_ids) and request.num_output == len(token_ids)
-        if begins or reason is not None:
+        output = SequenceOutput(request.request_id, request.index, token_ids)
+        if request.index == 0:
+            output.num_cached_tokens = request.num_cached
+        if reason is not None:
+            output.finish_reason = reason
+            output.stop_token_id = request.stop_token_id
+        if reason is not None or request.num_output == len(token_ids) > 0:
             output.timing = Timing(
                 request.arrival,
                 request.scheduled_at,

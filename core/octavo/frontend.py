@@ -56,7 +56,7 @@ class Frontend:
     ) -> None:
         self.client = client
         self.text = text
-        self._deliver = deliver or _call_sinks
+        self._deliver = deliver or call_sinks
         self._eos_token_ids = sorted(text.eos_token_ids)
         self._on_finished = on_finished
         self._on_step = on_step
@@ -225,7 +225,8 @@ class Frontend:
             self._on_finished(summary)
 
 
-def _call_sinks(deliveries: list[Delivery]) -> None:
+def call_sinks(deliveries: list[Delivery]) -> None:
+    """Hand each delta to its sink."""
     for sink, delta in deliveries:
         sink(delta)
 

@@ -1,276 +1,318 @@
-"""Decode steps as CUDA graphs: hundreds of kernels start with one call, and nothing waits for Python.
+"""Whole steps as CUDA graphs: hundreds of kernels start with one call, and nothing waits for Python.
 
-A graph is captured for a few numbers of rows; a step with fewer is padded with rows that belong to nobody. Inputs lie
-at fixed addresses and arrive in one transfer. All graphs share one memory pool, so they take as much as the largest.
+A graph is captured for a shape: so many rows, so many tokens, one way to choose. A step with less is padded with rows
+and tokens that belong to nobody. Inputs lie at fixed addresses and arrive in one transfer. All graphs share one memory
+pool, so together they take as much as the largest.
 """
 
 from __future__ import annotations
 
 import bisect
+import enum
 import logging
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from octavo.rows import RowArrays
+from octavo.sampling import Draws
+
 logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, slots=True)
-class DecodeOutput:
-    """What a decode step leaves on the device; a captured step's is overwritten by the next replay."""
+class Choice(enum.IntEnum):
+    """How a step ends. A step with several kinds of rows ends as the last of them: it serves the others too."""
 
-    tokens: Tensor  # [num_rows] int64: the most likely ones, stored already where the next step reads them
-    logits: Tensor  # [num_rows, vocab_size] in the model's dtype
-
-    def first(self, num_rows: int) -> DecodeOutput:
-        """Without the padding."""
-        return DecodeOutput(self.tokens[:num_rows], self.logits[:num_rows])
+    LIKELIEST = 0  # with the most likely tokens
+    DRAWN = 1  # with tokens drawn from the whole distribution, or the most likely where the temperature is 0
+    FILTERED = 2  # the same after top-k, top-p and min-p
+    LOGITS = 3  # with logits: somebody else chooses
 
 
-DecodeStep = Callable[[Tensor, Tensor], DecodeOutput]
-"""``(slots [num_rows] int64, seq_lens [num_rows] int64)``: one token per row; ``seq_lens`` count that token."""
-
-
-def graph_sizes(max_num_seqs: int) -> list[int]:
-    """Numbers of rows that get a graph, ascending: close together where few rows make a step short."""
-    sizes = [1, 2, 4, *range(8, 64, 8), *range(64, 256, 16), *range(256, max_num_seqs, 64)]
-    return [*(size for size in sizes if size < max_num_seqs), max_num_seqs]
-
-
-class DecodeGraphs:
-    """Captured decode steps. A padded row reads and writes ``spare_slot``, which no request ever gets."""
-
-    def __init__(self, sizes: Sequence[int], spare_slot: int, device: torch.device) -> None:
-        self._sizes = sorted(sizes)
-        self._spare_slot = spare_slot
-        self._device = device
-        self._inputs = torch.zeros(2 * self._sizes[-1], dtype=torch.int64, device=device)
-        self._captured: dict[int, tuple[torch.cuda.CUDAGraph, DecodeOutput]] = {}
-
-    def capture(self, step: DecodeStep) -> bool:
-        """Capture ``step`` at every size; False, with a warning, if it waits for the device and so cannot be."""
-        started = time.perf_counter()
-        sizes = sorted(self._sizes, reverse=True)  # the smaller ones then find their memory in the pool
-        self._fill(np.zeros(0, np.int64), np.zeros(0, np.int64), sizes[0])
-        step(*self._views(sizes[0]))  # compiles and allocates what only the first run does
-        waits = _waits_for_device(lambda: step(*self._views(sizes[0])))
-        if waits is not None:
-            logger.warning("no CUDA graphs: the model waits for the device within a step (%s)", waits)
-            return False
-        pool = torch.cuda.graph_pool_handle()
-        stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
-        for size in sizes:
-            inputs = self._views(size)
-            step(*inputs)  # kernels that only this size needs must be loaded before the capture
-            torch.cuda.synchronize(self._device)
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.stream(stream):
-                # not torch.cuda.graph(): that collects Python's garbage for each graph, which takes longer than this
-                graph.capture_begin(pool=pool, capture_error_mode="thread_local")
-                try:
-                    output = step(*inputs)
-                finally:
-                    graph.capture_end()
-            self._captured[size] = graph, output
-        seconds = time.perf_counter() - started
-        logger.info("captured %d decode graphs, up to %d rows, in %.2f s", len(sizes), sizes[0], seconds)
-        return True
-
-    def can_serve(self, num_rows: int, num_tokens: int, num_sampled: int) -> bool:
-        """Whether a step of so many rows is one of plain decodes (each row computes one token and samples the next)
-        and there is a graph for it."""
-        return num_rows == num_tokens == num_sampled and bool(self._captured) and num_rows <= self._sizes[-1]
-
-    def replay(self, slots: np.ndarray, seq_lens: np.ndarray) -> DecodeOutput:
-        """Start the captured step for ``slots`` and ``seq_lens`` [num_rows] int64; does not wait for the device."""
-        num_rows = len(slots)
-        size = self._sizes[bisect.bisect_left(self._sizes, num_rows)]
-        self._fill(slots, seq_lens, size)
-        graph, output = self._captured[size]
-        graph.replay()
-        return output.first(num_rows)
-
-    def _views(self, size: int) -> tuple[Tensor, Tensor]:
-        return self._inputs[:size], self._inputs[size : 2 * size]
-
-    def _fill(self, slots: np.ndarray, seq_lens: np.ndarray, size: int) -> None:
-        packed = np.empty((2, size), np.int64)
-        packed[0, : len(slots)], packed[0, len(slots) :] = slots, self._spare_slot
-        packed[1, : len(slots)], packed[1, len(slots) :] = seq_lens, 1
-        flat = torch.from_numpy(packed.reshape(-1))
-        self._inputs[: 2 * size].copy_(flat.pin_memory() if self._device.type == "cuda" else flat, non_blocking=True)
-
-
-class MixedShape(NamedTuple):
-    """What a captured mixed step has room for. Its rows are the decodes and then the prompts; so are its tokens."""
+class StepShape(NamedTuple):
+    """What a captured step has room for: rows of a single token, then longer ones; tokens in the same order."""
 
     num_decodes: int
-    num_prompts: int
-    num_prompt_tokens: int
+    num_longer: int = 0
+    num_longer_tokens: int = 0
+    max_query_len: int = 1
+    every_token: bool = False  # of longer rows every token decides one, as drafts are verified; else the last one does
+    choice: Choice = Choice.LIKELIEST
 
     @property
     def num_rows(self) -> int:
-        return self.num_decodes + self.num_prompts
+        return self.num_decodes + self.num_longer
 
     @property
     def num_tokens(self) -> int:
-        return self.num_decodes + self.num_prompt_tokens
+        return self.num_decodes + self.num_longer_tokens
+
+    @property
+    def num_logits(self) -> int:
+        return self.num_tokens if self.every_token else self.num_rows
 
 
-@dataclass(frozen=True, slots=True)
-class MixedInputs:
-    """A mixed step as arrays (on the host) or tensors (at fixed addresses), int64. Rows that do not sample store their
-    token in the spare slot."""
+class StepInputs(NamedTuple):
+    """A captured step's numbers, as arrays on the host or as tensors at fixed addresses. int64, and float64 where
+    noted: exact for float32."""
 
     token_slots: Any  # [num_tokens]
     positions: Any  # [num_tokens]
-    query_start: Any  # [num_rows + 1]
     slots: Any  # [num_rows]
     seq_lens: Any  # [num_rows]
-    logit_rows: Any  # [num_rows]
-    target_slots: Any  # [num_rows]: where each row's new token is stored
-    target_positions: Any  # [num_rows]
+    query_start: Any  # [num_rows + 1]
+    logit_rows: Any  # [num_logits]: the token whose hidden state decides
+    target_slots: Any  # [num_logits]: where the decided token is stored
+    target_positions: Any  # [num_logits]
+    first: Any  # [num_logits]: the first entry of the same row
+    # what follows is empty where nothing is drawn
+    top_k: Any  # [num_logits]
+    temperature: Any  # [num_logits] float64
+    uniform: Any  # [num_logits] float64
+    top_p: Any  # [num_logits] float64
+    min_p: Any  # [num_logits] float64
 
     @staticmethod
-    def lengths(shape: MixedShape) -> list[int]:
-        rows, tokens = shape.num_rows, shape.num_tokens
-        return [tokens, tokens, rows + 1, rows, rows, rows, rows, rows]
+    def lengths(shape: StepShape) -> list[int]:
+        rows, tokens, logits = shape.num_rows, shape.num_tokens, shape.num_logits
+        draws = logits if shape.choice in (Choice.DRAWN, Choice.FILTERED) else 0
+        return [tokens, tokens, rows, rows, rows + 1, *[logits] * 4, *[draws] * 5]
+
+    @classmethod
+    def views(cls, shape: StepShape, flat: np.ndarray | Tensor) -> StepInputs:
+        """Pieces of one array or tensor [:meth:`size`] int64."""
+        lengths = cls.lengths(shape)
+        if isinstance(flat, Tensor):
+            tensors = torch.split(flat, lengths)
+            return cls(*tensors[:-4], *(tensor.view(torch.float64) for tensor in tensors[-4:]))
+        arrays = np.split(flat, np.cumsum(lengths)[:-1])
+        return cls(*arrays[:-4], *(array.view(np.float64) for array in arrays[-4:]))
+
+    @classmethod
+    def size(cls, shape: StepShape) -> int:
+        return sum(cls.lengths(shape))
 
 
-MixedStep = Callable[[MixedInputs, MixedShape], DecodeOutput]
+StepFunction = Callable[[StepInputs, StepShape], Tensor]
+"""Runs a step from numbers on the device alone. Returns tokens [num_logits] int64, stored already where the next step
+reads them, or logits [num_logits, vocab_size] for :attr:`Choice.LOGITS`."""
 
 
-def mixed_shapes(max_num_seqs: int) -> list[MixedShape]:
-    """Many decodes beside a few prompts: what an engine under load does in most steps."""
-    decodes = [size for size in (16, 64, 128, 192) if size < max_num_seqs]
-    return [
-        MixedShape(rows, 4, tokens) for rows in (*decodes, min(max_num_seqs, 256)) for tokens in (64, 128, 256, 512)
-    ]
+class StepShapes:
+    """Which shapes there are: close together where padding costs, few where it does not."""
 
+    def __init__(self, max_num_seqs: int) -> None:
+        sizes = [1, 2, 4, *range(8, 64, 8), *range(64, 256, 16), *range(256, max_num_seqs, 64)]
+        self._rows = [*(size for size in sizes if size < max_num_seqs), max_num_seqs]
+        decodes = [*(size for size in (16, 64, 128, 192) if size < max_num_seqs), min(max_num_seqs, 256)]
+        # many decodes beside a few prompts: what an engine under load does in most steps
+        prompts = (64, 128, 192, 256, 384, 512)
+        self._mixed = [StepShape(rows, 4, tokens, tokens) for tokens in prompts for rows in decodes]
+        self._mixed.sort(key=lambda shape: shape.num_tokens)
 
-class MixedGraphs:
-    """Captured steps of decodes and prompts together. Padding reads and writes ``spare_slot``."""
+    def usual(self) -> Iterator[StepShape]:
+        """Those that are worth capturing at once, the largest first: the others find their memory in its pool."""
+        shapes = [*(StepShape(size) for size in self._rows), *self._mixed]
+        return iter(sorted(shapes, key=lambda shape: -shape.num_tokens))
 
-    def __init__(self, shapes: Sequence[MixedShape], spare_slot: int, device: torch.device) -> None:
-        self._shapes = sorted(shapes, key=lambda shape: shape.num_tokens)
-        self._spare_slot = spare_slot
-        self._device = device
-        self._inputs = torch.zeros(sum(MixedInputs.lengths(self._shapes[-1])), dtype=torch.int64, device=device)
-        self._captured: dict[MixedShape, tuple[torch.cuda.CUDAGraph, DecodeOutput]] = {}
+    @property
+    def max_num_logits(self) -> int:
+        """Of a step whose logits somebody else reads."""
+        return max(shape.num_logits for shape in self.usual())
 
-    def capture(self, step: MixedStep) -> None:
-        """Capture ``step`` in every shape."""
-        started = time.perf_counter()
-        pool = torch.cuda.graph_pool_handle()
-        stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
-        nothing = np.zeros(0, np.int64)
-        for shape in reversed(self._shapes):
-            inputs = self._views(shape)
-            self._fill(shape, nothing, nothing, np.zeros(1, np.int64), nothing, nothing, nothing, nothing)
-            step(inputs, shape)
-            torch.cuda.synchronize(self._device)
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.stream(stream):
-                graph.capture_begin(pool=pool, capture_error_mode="thread_local")
-                try:
-                    output = step(inputs, shape)
-                finally:
-                    graph.capture_end()
-            self._captured[shape] = graph, output
-        seconds = time.perf_counter() - started
-        logger.info("captured %d graphs of mixed steps in %.2f s", len(self._shapes), seconds)
-
-    def find(self, num_decodes: int, num_prompts: int, num_prompt_tokens: int) -> MixedShape | None:
-        """The smallest shape with room for so much."""
-        for shape in self._shapes:
+    def find(self, rows: RowArrays, choice: Choice) -> StepShape | None:
+        """The smallest shape with room for the step; None if there is none."""
+        num_rows, num_decodes = len(rows.slots), rows.num_decodes
+        num_longer, num_tokens = num_rows - num_decodes, len(rows.positions) - num_decodes
+        if rows.has_drafts:
+            return self._verification(rows, choice)
+        if not num_longer:
+            # every row must decide a token: one that does not is a prompt's, and rare
+            if len(rows.sampled) < num_rows or num_rows > self._rows[-1]:
+                return None
+            return StepShape(self._rows[bisect.bisect_left(self._rows, num_rows)], choice=choice)
+        if not num_decodes:
+            return None  # prompts alone are large, and the host is faster than the device
+        for shape in self._mixed:
             if (
                 shape.num_decodes >= num_decodes
-                and shape.num_prompts >= num_prompts
-                and shape.num_prompt_tokens >= num_prompt_tokens
+                and shape.num_longer >= num_longer
+                and shape.num_longer_tokens >= num_tokens
             ):
-                return shape
+                return shape._replace(choice=choice)
         return None
 
-    def replay(
-        self,
-        shape: MixedShape,
-        token_slots: np.ndarray,
-        positions: np.ndarray,
-        query_start: np.ndarray,
-        slots: np.ndarray,
-        seq_lens: np.ndarray,
-        sampled: np.ndarray,
-        sampled_positions: np.ndarray,
-    ) -> tuple[DecodeOutput, np.ndarray]:
-        """Start the captured step; the output has the shape's rows, and the array says which are those of ``sampled``.
+    def _verification(self, rows: RowArrays, choice: Choice) -> StepShape | None:
+        """As many tokens for each row as the longest has: rows with fewer drafts leave padding. Not beside prompts."""
+        num_rows, longest = len(rows.slots), int(rows.query_lens.max())
+        if len(rows.sampled) < len(rows.positions) or num_rows > self._rows[-1] or choice is Choice.LOGITS:
+            return None
+        size = self._rows[bisect.bisect_left(self._rows, num_rows)]
+        return StepShape(0, size, size * longest, longest, every_token=True, choice=choice)
 
-        token_slots and positions [num_tokens], query_start [num_rows + 1], slots and seq_lens [num_rows], sampled and
-        sampled_positions [num_sampled].
+
+class StepGraphs:
+    """Captured steps. Padding reads and writes ``spare_slot``, which no request ever gets."""
+
+    def __init__(self, step: StepFunction, shapes: StepShapes, spare_slot: int, device: torch.device) -> None:
+        self._step = step
+        self._shapes = shapes
+        self._spare_slot = spare_slot
+        self._device = device
+        self._captured: dict[StepShape, _Captured] = {}
+        self._capturable: dict[tuple[Choice, bool], bool] = {}  # by what a step's kernels depend on
+        self._inputs = torch.zeros(0, dtype=torch.int64, device=device)
+        self._logits: Tensor | None = None
+        self._pool: Any = None
+        self._stream: Any = None
+
+    def capture_usual(self) -> bool:
+        """Capture what most steps need; False, with a warning, if the model waits for the device within a step."""
+        started = time.perf_counter()
+        shapes = list(self._shapes.usual())
+        for shape in shapes:
+            if self._get(shape) is None:
+                return False
+        logger.info("captured %d CUDA graphs in %.2f s", len(shapes), time.perf_counter() - started)
+        return True
+
+    @property
+    def captured(self) -> Collection[StepShape]:
+        """The shapes that have a graph so far."""
+        return self._captured.keys()
+
+    def find(self, rows: RowArrays, choice: Choice) -> StepShape | None:
+        """The shape to replay for a step, captured now if it is not yet; None: it has to run without a graph."""
+        shape = self._shapes.find(rows, choice)
+        return None if shape is None or self._get(shape) is None else shape
+
+    def replay(self, shape: StepShape, rows: RowArrays, draws: Draws | None) -> tuple[Tensor, np.ndarray]:
+        """Start the captured step; does not wait for the device.
+
+        Returns what the step ends with, overwritten by the next replay, and its entries [num_sampled] that belong to
+        ``rows.sampled``. ``draws`` are for those; None: nothing is drawn.
         """
-        where = self._fill(shape, token_slots, positions, query_start, slots, seq_lens, sampled, sampled_positions)
-        graph, output = self._captured[shape]
-        graph.replay()
-        return output, where
+        captured = self._captured[shape]
+        packed = np.empty(StepInputs.size(shape), np.int64)
+        where = self._fill(StepInputs.views(shape, packed), shape, rows, draws)
+        host = torch.from_numpy(packed)
+        captured.flat.copy_(host.pin_memory() if self._device.type == "cuda" else host, non_blocking=True)
+        captured.run()
+        return captured.output, where
 
-    def _views(self, shape: MixedShape) -> MixedInputs:
-        lengths = MixedInputs.lengths(shape)
-        return MixedInputs(*torch.split(self._inputs[: sum(lengths)], lengths))
+    # --- inputs ------------------------------------------------------------------------------------------------------
 
-    def _fill(
-        self,
-        shape: MixedShape,
-        token_slots: np.ndarray,
-        positions: np.ndarray,
-        query_start: np.ndarray,
-        slots: np.ndarray,
-        seq_lens: np.ndarray,
-        sampled: np.ndarray,
-        sampled_positions: np.ndarray,
-    ) -> np.ndarray:
-        query_lens = query_start[1:] - query_start[:-1]
-        num_decodes = int((query_lens == 1).sum())  # they come first
-        num_rows, num_tokens = len(slots), len(positions)
-        shift = shape.num_decodes - num_decodes  # what the prompts' rows and tokens move by
-        lengths = MixedInputs.lengths(shape)
-        packed = np.empty(sum(lengths), np.int64)
-        host = MixedInputs(*np.split(packed, np.cumsum(lengths)[:-1]))
-        rows = np.arange(num_rows)
-        rows[num_decodes:] += shift
-        tokens = np.arange(num_tokens)
-        tokens[num_decodes:] += shift
-        host.token_slots[:], host.positions[:] = self._spare_slot, 0
-        host.token_slots[tokens], host.positions[tokens] = token_slots, positions
-        host.query_start[: shape.num_decodes] = np.arange(shape.num_decodes)
-        host.query_start[shape.num_decodes :] = num_tokens + shift  # rows beyond the last prompt are empty
-        prompts = query_start[num_decodes:-1]
-        host.query_start[shape.num_decodes : shape.num_decodes + len(prompts)] = prompts + shift
-        host.slots[:], host.seq_lens[:] = self._spare_slot, 0
+    def _fill(self, host: StepInputs, shape: StepShape, rows: RowArrays, draws: Draws | None) -> np.ndarray:
+        """Place the step's rows and tokens in the shape's; returns where the entries of ``rows.sampled`` stand."""
+        num_decodes = rows.num_decodes if shape.num_decodes else 0
+        shift = shape.num_decodes - num_decodes  # what the longer rows and their tokens move by
+        row_places = np.arange(len(rows.slots))
+        row_places[num_decodes:] += shift
+        token_places = np.arange(len(rows.positions))
+        token_places[num_decodes:] += shift
+
+        host.token_slots.fill(self._spare_slot)
+        host.positions.fill(0)
+        host.token_slots[token_places] = rows.token_slots
+        host.positions[token_places] = rows.positions
+        host.slots.fill(self._spare_slot)
+        host.slots[row_places] = rows.slots
         host.seq_lens[: shape.num_decodes] = 1
-        host.slots[rows], host.seq_lens[rows] = slots, seq_lens
-        where: np.ndarray = rows[sampled]
-        host.logit_rows[:] = 0
-        host.logit_rows[rows] = tokens[query_start[1:] - 1]
-        host.target_slots[:], host.target_positions[:] = self._spare_slot, 1
-        host.target_slots[where], host.target_positions[where] = slots[sampled], sampled_positions
-        flat = torch.from_numpy(packed)
-        flat = flat.pin_memory() if self._device.type == "cuda" else flat
-        self._inputs[: len(packed)].copy_(flat, non_blocking=True)
+        host.seq_lens[shape.num_decodes :] = 0  # longer rows that are not there are empty
+        host.seq_lens[row_places] = rows.ends
+        host.query_start[: shape.num_decodes] = np.arange(shape.num_decodes)
+        host.query_start[shape.num_decodes :] = len(rows.positions) + shift
+        host.query_start[row_places[num_decodes:]] = rows.query_start[num_decodes:-1] + shift
+
+        # padding decides tokens too, from the first token's hidden state, and stores them where nobody reads
+        where: np.ndarray = token_places[rows.logit_tokens] if shape.every_token else row_places[rows.sampled]
+        host.logit_rows.fill(0)
+        host.logit_rows[where] = token_places[rows.logit_tokens]
+        host.target_slots.fill(self._spare_slot)
+        host.target_slots[where] = rows.slots[rows.sampled]
+        host.target_positions.fill(1)
+        host.target_positions[where] = rows.sampled_positions
+        host.first[:] = np.arange(shape.num_logits)
+        host.first[where] = where[rows.first_sampled]
+        for name, anything in (("top_k", 1), ("temperature", 0), ("uniform", 0), ("top_p", 1), ("min_p", 0)):
+            place: np.ndarray = getattr(host, name)
+            place.fill(anything)
+            if draws is not None:
+                place[where] = getattr(draws, name)
         return where
 
+    # --- capture -----------------------------------------------------------------------------------------------------
 
-def _waits_for_device(run: Callable[[], object]) -> str | None:
-    """What torch says of the first wait of the host for the device in ``run``; None if it never waits."""
-    before = torch.cuda.get_sync_debug_mode()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        run()
-    except RuntimeError as error:
-        return str(error).splitlines()[0]
-    finally:
-        torch.cuda.set_sync_debug_mode(before)
-    return None
+    def _get(self, shape: StepShape) -> _Captured | None:
+        """The captured step, captured now if need be; None: steps of this kind wait for the device."""
+        if shape in self._captured:
+            return self._captured[shape]
+        size = StepInputs.size(shape)
+        if len(self._inputs) < size:  # earlier graphs keep the one that they were captured with
+            self._inputs = torch.zeros(size, dtype=torch.int64, device=self._device)
+        flat = self._inputs[:size]
+        nothing = np.empty(size, np.int64)
+        self._fill(StepInputs.views(shape, nothing), shape, RowArrays.of(()), None)
+        flat.copy_(torch.from_numpy(nothing))
+        inputs = StepInputs.views(shape, flat)
+        kind = shape.choice, shape.every_token
+        if kind not in self._capturable:
+            self._capturable[kind] = self._can_capture(lambda: self._step(inputs, shape))
+        if not self._capturable[kind]:
+            return None
+        try:
+            self._captured[shape] = _Captured(flat, *self._capture(inputs, shape))
+        except RuntimeError as error:  # what is not allowed in a capture, or no memory left: steps go on without
+            logger.warning("no CUDA graph for %s: %s", shape, str(error).splitlines()[0])
+            self._capturable[kind] = False
+        return self._captured.get(shape)
+
+    def _can_capture(self, run: Callable[[], object]) -> bool:
+        """Whether ``run`` never waits for the device; logs it if it does."""
+        run()  # compiles and allocates what only the first run does
+        before = torch.cuda.get_sync_debug_mode()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            run()
+        except RuntimeError as error:
+            logger.warning("no CUDA graphs: a step waits for the device (%s)", str(error).splitlines()[0])
+            return False
+        finally:
+            torch.cuda.set_sync_debug_mode(before)
+        return True
+
+    def _capture(self, inputs: StepInputs, shape: StepShape) -> tuple[Callable[[], object], Tensor]:
+        """What starts the step, and where it leaves its result."""
+        result = self._step(inputs, shape)  # kernels that only this shape needs must be loaded before the capture
+        if shape.choice is Choice.LOGITS and self._logits is None:
+            # one buffer for all, or every graph would keep its own
+            self._logits = torch.empty(
+                self._shapes.max_num_logits, *result.shape[1:], dtype=result.dtype, device=result.device
+            )
+        if self._pool is None:
+            self._pool = torch.cuda.graph_pool_handle()
+            self._stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
+        torch.cuda.synchronize(self._device)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.stream(self._stream):
+            # not torch.cuda.graph(): that collects Python's garbage for each graph, which takes longer than this
+            graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
+            try:
+                result = self._step(inputs, shape)
+                if self._logits is not None and shape.choice is Choice.LOGITS:
+                    result = self._logits[: len(result)].copy_(result)
+            finally:
+                graph.capture_end()
+        return graph.replay, result
+
+
+class _Captured(NamedTuple):
+    """A step that is started with one call."""
+
+    flat: Tensor  # the inputs
+    run: Callable[[], object]
+    output: Tensor

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import msgspec
 import torch
 
 from octavo.batch import PlannedRow, StepPlan
@@ -32,7 +33,7 @@ def largest_step(
     length = min(max(1, max_num_batched_tokens // max_num_seqs), max_model_len - 1)
     drafts = (0,) * min(num_drafts, length - 1)
     rows = _step(params, max_num_seqs, length, block_size).rows
-    return StepPlan([row._replace(drafts=drafts) for row in rows])
+    return StepPlan([msgspec.structs.replace(row, drafts=drafts) for row in rows])
 
 
 def decode_step(max_num_seqs: int, block_size: int) -> StepPlan:

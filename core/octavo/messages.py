@@ -65,7 +65,7 @@ class Timing(msgspec.Struct, array_like=True):
     num_preemptions: int = 0
 
 
-class SequenceOutput(msgspec.Struct, array_like=True):
+class SequenceOutput(msgspec.Struct, array_like=True, gc=False):
     """What one step brought to one sequence."""
 
     request_id: str

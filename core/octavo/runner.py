@@ -15,11 +15,12 @@ import torch
 from torch import Tensor
 
 from octavo.batch import ForwardBatch, PlannedRow, StepPlan
-from octavo.graphs import DecodeGraphs, DecodeOutput, MixedGraphs, MixedInputs, MixedShape, graph_sizes, mixed_shapes
+from octavo.graphs import Choice, StepGraphs, StepInputs, StepShape, StepShapes
 from octavo.interfaces import AttentionBackend, AttentionSpec, LogitsProcessor, Model, Placement, SampleRow
 from octavo.layers.attention import ForwardContext
 from octavo.messages import TokenLogprobs
 from octavo.request import Request
+from octavo.rows import RowArrays
 from octavo.sampling import (
     REJECTED,
     LogprobTensors,
@@ -38,7 +39,7 @@ PROMPT_LOGPROB_ROWS = 256  # logits of this many prompt positions exist at once
 class StepResult:
     """What a step brought, on the host; lists are parallel to the plan's rows."""
 
-    token_ids: Sequence[Sequence[int]]
+    token_ids: Sequence[list[int]]
     logprobs: Sequence[Sequence[TokenLogprobs] | None]
     prompt_logprobs: dict[int, list[TokenLogprobs]] = field(default_factory=dict)  # row -> from position start + 1 on
 
@@ -92,7 +93,7 @@ class LaunchedStep:
             self.ready.synchronize()
         rows = self.plan.rows
         token_ids: list[list[int]] = [[] for _ in rows]
-        logprobs: list[list[TokenLogprobs] | None] = [None for _ in rows]
+        logprobs: list[list[TokenLogprobs] | None] = [None] * len(rows)
         for row, token in zip(self.sampled, self.tokens.tolist(), strict=True):
             if token != REJECTED:
                 token_ids[row].append(token)
@@ -147,21 +148,19 @@ class Runner:
         self._tokens = DeviceTable(max_num_seqs + spare, max_model_len + 1, torch.int64, device)
         self._blocks = DeviceTable(max_num_seqs + spare, -(-max_model_len // block_size) + 1, torch.int32, device)
         self._sampling = SamplingTable(max_num_seqs, vocab_size)
-        self._owner: list[tuple[Request, int] | None] = [None] * max_num_seqs
+        self._owners: list[Request | None] = [None] * max_num_seqs
+        self._epochs = [0] * max_num_seqs
         self._num_blocks_written = [0] * max_num_seqs
+        self._choices = np.zeros(max_num_seqs, np.int8)  # how a step must end for each slot's sake
+        self._prompt_logits = np.zeros(max_num_seqs, bool)  # slots whose prompts' logits are asked for
         nothing = torch.zeros(1, device=device)
         self._greedy = SamplingTensors(temperature=nothing, uniform=nothing, all_greedy=True)
-        self._plain = np.zeros(max_num_seqs, bool)  # slots whose tokens are the most likely ones, and nothing else
-        self.graphs: DecodeGraphs | None = None
+        self.graphs: StepGraphs | None = None
         if use_graphs:
             self._blocks.write(max_num_seqs, 0, [num_blocks])
             self._blocks.flush()
-            graphs = DecodeGraphs(graph_sizes(max_num_seqs), max_num_seqs, device)
-            self.graphs = graphs if graphs.capture(self._decode) else None
-        self.mixed_graphs: MixedGraphs | None = None
-        if self.graphs is not None:
-            self.mixed_graphs = MixedGraphs(mixed_shapes(max_num_seqs), max_num_seqs, device)
-            self.mixed_graphs.capture(self._mixed)
+            graphs = StepGraphs(self._step, StepShapes(max_num_seqs), max_num_seqs, device)
+            self.graphs = graphs if graphs.capture_usual() else None
 
     def correct(self, request: Request, start: int) -> None:
         """The host knows the tokens from ``start`` on better than the device: the next step reads them so.
@@ -176,15 +175,13 @@ class Runner:
     def launch(self, plan: StepPlan) -> LaunchedStep:
         """Start a step. On a GPU this returns before the device is done; ``wait`` of the result does not."""
         self._copy_blocks(plan.copies)
-        for row in plan.rows:
-            self._upload(row)
-        self._tokens.flush()
-        self._blocks.flush()
-        rows = _RowArrays.of(plan.rows)
-        if self.graphs is not None and self.graphs.can_serve(len(rows.slots), len(rows.token_slots), len(rows.sampled)):
-            return self._launch_graph(self.graphs, plan, rows)
-        if self.mixed_graphs is not None and (launched := self._launch_mixed(self.mixed_graphs, plan, rows)):
-            return launched
+        self._upload(plan.rows)
+        rows = RowArrays.of(plan.rows)
+        choice = Choice(int(self._choices[rows.slots[rows.sampled]].max(initial=Choice.LIKELIEST)))
+        if self.graphs is not None and not self._wants_prompt_logprobs(rows):
+            shape = self.graphs.find(rows, choice)
+            if shape is not None:
+                return self._replay(self.graphs, shape, plan, rows)
         batch = self._batch(rows)
         context = ForwardContext(batch, self.backend, self.backend.plan(batch), self.kv)
         hidden = self.model.forward(batch.tokens, batch.positions, context)
@@ -194,47 +191,28 @@ class Runner:
         if batch.logit_rows.shape[0] != hidden.shape[0]:
             hidden = hidden[batch.logit_rows]
         logits = self.model.logits(hidden)
-        tokens, logprobs, entries = self._choose(plan.rows, rows, logits)
+        tokens, logprobs, entries = self._choose(plan.rows, rows, logits, choice)
         drafts = self._keep(rows, tokens)
         if rows.has_drafts:
             tokens = accept(tokens, drafts, _to_device(rows.first_sampled, self.placement.device))
         return self._launched(plan, rows, tokens, logprobs, entries, prompt_logprobs)
 
-    def _launch_graph(self, graphs: DecodeGraphs, plan: StepPlan, rows: _RowArrays) -> LaunchedStep:
-        """A step of decodes only. The graph takes the most likely tokens; others are chosen from its logits."""
-        output = graphs.replay(rows.slots, rows.ends)
-        if self._is_plain(rows):
-            return self._launched(plan, rows, output.tokens, None, (), {})
-        tokens, logprobs, entries = self._choose(plan.rows, rows, output.logits)
+    def _replay(self, graphs: StepGraphs, shape: StepShape, plan: StepPlan, rows: RowArrays) -> LaunchedStep:
+        """The step as a graph has it; what the graph leaves undone follows it."""
+        drawn = shape.choice in (Choice.DRAWN, Choice.FILTERED)
+        draws = self._sampling.draws(rows.slots[rows.sampled], rows.sampled_positions) if drawn else None
+        output, where = graphs.replay(shape, rows, draws)
+        if shape.num_decodes in (0, shape.num_rows):  # the padding follows
+            output = output[: len(where)]
+        else:
+            output = output[_to_device(where, self.placement.device)]
+        if shape.choice is not Choice.LOGITS:
+            return self._launched(plan, rows, output, None, (), {})
+        tokens, logprobs, entries = self._choose(plan.rows, rows, output, shape.choice)
         self._keep(rows, tokens)
         return self._launched(plan, rows, tokens, logprobs, entries, {})
 
-    def _launch_mixed(self, graphs: MixedGraphs, plan: StepPlan, rows: _RowArrays) -> LaunchedStep | None:
-        """A step of decodes and a few prompt tokens that all take the most likely token; None if it is not one."""
-        num_decodes = int((rows.query_lens == 1).sum())
-        num_rows, num_tokens = len(rows.slots), len(rows.positions)
-        shape = graphs.find(num_decodes, num_rows - num_decodes, num_tokens - num_decodes)
-        if (
-            shape is None
-            or not num_decodes
-            or not self._is_plain(rows)
-            or any(row.drafts or row.request.wants_prompt_logits for row in plan.rows)
-        ):
-            return None
-        output, where = graphs.replay(
-            shape,
-            rows.token_slots,
-            rows.positions,
-            rows.query_start,
-            rows.slots,
-            rows.ends,
-            rows.sampled,
-            rows.sampled_positions,
-        )
-        tokens = output.tokens[_to_device(where, self.placement.device)]
-        return self._launched(plan, rows, tokens, None, (), {})
-
-    def _keep(self, rows: _RowArrays, tokens: Tensor) -> Tensor:
+    def _keep(self, rows: RowArrays, tokens: Tensor) -> Tensor:
         """Put sampled tokens where the next step reads them, as it would read some that came from the host; returns
         what was there: the drafts that they confirm or correct."""
         where = _to_device(np.stack([rows.slots[rows.sampled], rows.sampled_positions]), self.placement.device)
@@ -245,7 +223,7 @@ class Runner:
     def _launched(
         self,
         plan: StepPlan,
-        rows: _RowArrays,
+        rows: RowArrays,
         tokens: Tensor,
         logprobs: LogprobTensors | None,
         entries: Sequence[int],
@@ -276,67 +254,51 @@ class Runner:
         for cache in self.kv:
             cache[pairs[:, 1]] = cache[pairs[:, 0]]
 
-    def _upload(self, row: PlannedRow) -> None:
-        """Bring a request's slot up to date: everything when it is new there, else its new blocks and drafts."""
-        request, slot = row.request, row.request.slot
-        owner = self._owner[slot]
-        if owner is None or owner[0] is not request or owner[1] != row.epoch:
-            self._owner[slot] = (request, row.epoch)
-            self._num_blocks_written[slot] = 0
-            self._sampling.set(slot, request)
-            self._plain[slot] = self._wants_likeliest(request)
-            self._tokens.write(slot, 0, request.tokens)
-        written = self._num_blocks_written[slot]
-        if len(request.blocks) > written:
-            self._blocks.write(slot, written, request.blocks[written:])
-            self._num_blocks_written[slot] = len(request.blocks)
-        if row.drafts:
-            self._tokens.write(slot, row.end - len(row.drafts), row.drafts)
+    def _upload(self, rows: Sequence[PlannedRow]) -> None:
+        """Bring the rows' slots up to date: everything when a request is new there, else its new blocks and drafts."""
+        owners, epochs, num_written = self._owners, self._epochs, self._num_blocks_written
+        for row in rows:
+            request = row.request
+            slot, blocks = request.slot, request.blocks
+            if owners[slot] is not request or epochs[slot] != row.epoch:
+                owners[slot], epochs[slot], num_written[slot] = request, row.epoch, 0
+                self._sampling.set(slot, request)
+                self._choices[slot] = self._choice(request)
+                self._prompt_logits[slot] = request.wants_prompt_logits
+                self._tokens.write(slot, 0, request.tokens)
+            if len(blocks) > num_written[slot]:
+                self._blocks.write(slot, num_written[slot], blocks[num_written[slot] :])
+                num_written[slot] = len(blocks)
+            if row.drafts:
+                self._tokens.write(slot, row.end - len(row.drafts), row.drafts)
+        self._tokens.flush()
+        self._blocks.flush()
 
-    def _is_plain(self, rows: _RowArrays) -> bool:
-        """Whether every row that samples takes the most likely token and asks for nothing else."""
-        return bool(self._plain[rows.slots[rows.sampled]].all())
+    def _choice(self, request: Request) -> Choice:
+        """How a step must end to choose the request's tokens."""
+        params, table = request.params, self._sampling
+        if (
+            params.logprobs is not None
+            or table.penalized[request.slot]
+            or any(processor.wants(params) for processor in self.processors)
+        ):
+            return Choice.LOGITS
+        if table.temperature[request.slot] == 0.0:
+            return Choice.LIKELIEST
+        return Choice.FILTERED if table.filters(request.slot) else Choice.DRAWN
 
-    def _wants_likeliest(self, request: Request) -> bool:
-        """Whether the most likely token is all that the request ever asks of the logits."""
-        params = request.params
-        return (
-            params.greedy
-            and params.logprobs is None
-            and not self._sampling.penalized[request.slot]
-            and not any(processor.wants(params) for processor in self.processors)
-        )
+    def _wants_prompt_logprobs(self, rows: RowArrays) -> bool:
+        """Whether the step computes prompt positions whose logits are asked for."""
+        wanting = self._prompt_logits[rows.slots]
+        in_prompt = rows.ends - rows.query_lens < self._sampling.num_prompt[rows.slots] - 1
+        return bool((wanting & in_prompt).any())
 
     @torch.inference_mode()
-    def _decode(self, slots: Tensor, seq_lens: Tensor) -> DecodeOutput:
-        """One token per row, from numbers on the device alone: what a graph captures.
+    def _step(self, inputs: StepInputs, shape: StepShape) -> Tensor:
+        """A step from numbers on the device alone: what a graph captures; see :data:`octavo.graphs.StepFunction`.
 
-        slots and seq_lens [num_rows] int64. Lengths are bounded by what the engine serves, not by this step's.
+        Lengths are bounded by what the engine serves, not by this step's.
         """
-        num_rows = len(slots)
-        positions = seq_lens - 1
-        block = self._blocks.tensor[slots, torch.div(positions, self.block_size, rounding_mode="floor")]
-        batch = ForwardBatch(
-            tokens=self._tokens.tensor[slots, positions],
-            positions=positions,
-            query_start=torch.arange(num_rows + 1, dtype=torch.int32, device=slots.device),
-            seq_lens=seq_lens.to(torch.int32),
-            block_tables=self._blocks.tensor[slots],
-            slots=block.long() * self.block_size + positions % self.block_size,
-            logit_rows=torch.arange(num_rows, device=slots.device),
-            max_query_len=1,
-            max_seq_len=self._max_model_len,
-            num_decodes=num_rows,
-        )
-        context = ForwardContext(batch, self.backend, self.backend.plan(batch), self.kv)
-        logits = self.model.logits(self.model.forward(batch.tokens, positions, context))
-        tokens = self._sample(logits, self._greedy)
-        self._tokens.tensor[slots, seq_lens] = tokens
-        return DecodeOutput(tokens, logits)
-
-    @torch.inference_mode()
-    def _mixed(self, inputs: MixedInputs, shape: MixedShape) -> DecodeOutput:
-        """Decodes and prompts together, from numbers on the device alone."""
         positions, token_slots = inputs.positions, inputs.token_slots
         block = self._blocks.tensor[token_slots, torch.div(positions, self.block_size, rounding_mode="floor")]
         batch = ForwardBatch(
@@ -347,18 +309,33 @@ class Runner:
             block_tables=self._blocks.tensor[inputs.slots],
             slots=block.long() * self.block_size + positions % self.block_size,
             logit_rows=inputs.logit_rows,
-            max_query_len=shape.num_prompt_tokens,
+            max_query_len=shape.max_query_len,
             max_seq_len=self._max_model_len,
             num_decodes=shape.num_decodes,
         )
         context = ForwardContext(batch, self.backend, self.backend.plan(batch), self.kv)
         hidden = self.model.forward(batch.tokens, positions, context)
-        logits = self.model.logits(hidden[inputs.logit_rows])
-        tokens = self._sample(logits, self._greedy)
+        decides = shape.num_logits < shape.num_tokens  # otherwise every token does, in order
+        logits = self.model.logits(hidden[inputs.logit_rows] if decides else hidden)
+        if shape.choice is Choice.LOGITS:
+            return logits
+        if shape.choice is Choice.LIKELIEST:
+            tokens = self._sample(logits, self._greedy)
+        else:
+            filtered = shape.choice is Choice.FILTERED
+            draws = SamplingTensors(
+                temperature=inputs.temperature.float(),
+                uniform=inputs.uniform.float(),
+                top_k=inputs.top_k if filtered else None,
+                top_p=inputs.top_p.float() if filtered else None,
+                min_p=inputs.min_p.float() if filtered else None,
+            )
+            tokens = self._sample(logits.float(), draws)
+        before = self._tokens.tensor[inputs.target_slots, inputs.target_positions] if shape.every_token else None
         self._tokens.tensor[inputs.target_slots, inputs.target_positions] = tokens
-        return DecodeOutput(tokens, logits)
+        return tokens if before is None else accept(tokens, before, inputs.first)
 
-    def _batch(self, rows: _RowArrays) -> ForwardBatch:
+    def _batch(self, rows: RowArrays) -> ForwardBatch:
         """The step as tensors: one transfer, the rest computed where the slots lie."""
         num_rows, num_tokens = len(rows.slots), len(rows.positions)
         packed = _to_device(
@@ -382,7 +359,7 @@ class Runner:
             logit_rows=logit_rows,
             max_query_len=int(rows.query_lens.max()),
             max_seq_len=max_seq_len,
-            num_decodes=int((rows.query_lens == 1).sum()),
+            num_decodes=rows.num_decodes,
             query_lens=rows.query_lens.tolist(),
             context_lens=rows.ends.tolist(),
         )
@@ -390,16 +367,15 @@ class Runner:
     # --- sampling ----------------------------------------------------------------------------------------------------
 
     def _choose(
-        self, planned: Sequence[PlannedRow], rows: _RowArrays, logits: Tensor
+        self, planned: Sequence[PlannedRow], rows: RowArrays, logits: Tensor, choice: Choice
     ) -> tuple[Tensor, LogprobTensors | None, list[int]]:
         """Tokens [num_sampled], and log-probabilities of the raw logits for the entries that asked for them."""
-        if self._is_plain(rows):
+        if choice is Choice.LIKELIEST:
             return self._sample(logits, self._greedy), None, []
         entries = [i for i, row in enumerate(rows.sampled) if planned[row].request.params.logprobs is not None]
         raw = logits[entries] if entries else None
         logits = self._process(planned, rows, logits)
-        device = self.placement.device
-        tensors = self._sampling.gather(rows.slots[rows.sampled], rows.sampled_positions, device)
+        tensors = self._sampling.gather(rows.slots[rows.sampled], rows.sampled_positions, self.placement.device)
         # the largest logit is the same in any dtype: a step that only wants that saves the conversion
         tokens = self._sample(logits if tensors.all_greedy else logits.float(), tensors)
         if raw is None:
@@ -407,7 +383,7 @@ class Runner:
         num_top = max(planned[rows.sampled[i]].request.params.logprobs or 0 for i in entries)
         return tokens, gather_logprobs(raw, tokens[entries], num_top), entries
 
-    def _process(self, planned: Sequence[PlannedRow], rows: _RowArrays, logits: Tensor) -> Tensor:
+    def _process(self, planned: Sequence[PlannedRow], rows: RowArrays, logits: Tensor) -> Tensor:
         """Run the processors and penalties that rows ask for; logits without any pass through untouched."""
         sampled = [planned[row] for row in rows.sampled]
         for processor in self.processors:
@@ -440,7 +416,7 @@ class Runner:
         return logits
 
     def _prompt_logprobs(
-        self, planned: Sequence[PlannedRow], rows: _RowArrays, hidden: Tensor
+        self, planned: Sequence[PlannedRow], rows: RowArrays, hidden: Tensor
     ) -> dict[int, tuple[Tensor, LogprobTensors]]:
         """For rows that ask: the log-probability of each prompt token after ``start``, a bounded piece at a time."""
         found: dict[int, tuple[Tensor, LogprobTensors]] = {}
@@ -461,60 +437,6 @@ class Runner:
             )
             found[index] = (targets.clone(), joined)
         return found
-
-
-@dataclass(frozen=True, slots=True)
-class _RowArrays:
-    """A plan's numbers as arrays; positions are those of tokens within their sequences."""
-
-    slots: np.ndarray  # [num_rows]
-    query_lens: np.ndarray  # [num_rows]
-    query_start: np.ndarray  # [num_rows + 1]
-    ends: np.ndarray  # [num_rows]: context length with this step's tokens
-    token_slots: np.ndarray  # [num_tokens]
-    positions: np.ndarray  # [num_tokens]
-    sampled: np.ndarray  # [num_sampled]: the row of each token to be sampled
-    first_sampled: np.ndarray  # [num_sampled]: the index in ``sampled`` of the first token of the same row
-    sampled_positions: np.ndarray  # [num_sampled]: where that token will stand
-    logit_tokens: np.ndarray  # [num_sampled]: the token of this step whose hidden state decides it
-
-    @classmethod
-    def of(cls, planned: Sequence[PlannedRow]) -> _RowArrays:
-        slots = np.array([row.request.slot for row in planned], np.int64)
-        starts = np.array([row.start for row in planned], np.int64)
-        query_lens = np.array([row.num_tokens for row in planned], np.int64)
-        # a row that samples decides one token per draft and one more
-        num_sampled = np.array([len(row.drafts) + 1 if row.samples else 0 for row in planned], np.int64)
-        query_start = np.zeros(len(planned) + 1, np.int64)
-        np.cumsum(query_lens, out=query_start[1:])
-        ends = starts + query_lens
-        row_of_token = np.repeat(np.arange(len(planned)), query_lens)
-        positions = np.arange(query_start[-1]) - query_start[row_of_token] + starts[row_of_token]
-        sampled = np.repeat(np.arange(len(planned)), num_sampled)
-        first = np.cumsum(num_sampled) - num_sampled
-        first_sampled = first[sampled]
-        offset = np.arange(len(sampled)) - first_sampled - num_sampled[sampled]  # -num_sampled .. -1
-        return cls(
-            slots=slots,
-            query_lens=query_lens,
-            query_start=query_start,
-            ends=ends,
-            token_slots=slots[row_of_token],
-            positions=positions,
-            sampled=sampled,
-            first_sampled=first_sampled,
-            sampled_positions=ends[sampled] + offset + 1,
-            logit_tokens=query_start[sampled + 1] + offset,
-        )
-
-    @property
-    def has_drafts(self) -> bool:
-        """Whether any row is to sample more than one token."""
-        return bool((self.first_sampled != np.arange(len(self.sampled))).any())
-
-    def num_drafts_before(self, entry: int) -> int:
-        """How many drafts of its own row a sampled token follows."""
-        return entry - int(self.first_sampled[entry])
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -128,6 +128,17 @@ class TorchSample:
         return torch.where(off, rows, kept)
 
 
+@dataclass(frozen=True, slots=True)
+class Draws:
+    """What decides the choice of each token of a step, on the host: see :class:`SamplingTensors`."""
+
+    temperature: np.ndarray  # [num_entries] float32
+    uniform: np.ndarray  # [num_entries] float32
+    top_k: np.ndarray  # [num_entries] int64
+    top_p: np.ndarray  # [num_entries] float32
+    min_p: np.ndarray  # [num_entries] float32
+
+
 BUILTIN_SAMPLE = KernelProvider("torch", TorchSample, priority=-100, operation="sample")
 
 
@@ -163,25 +174,37 @@ class SamplingTable:
         )
         self.num_prompt[slot] = request.num_prompt
 
+    def draws(self, slots: np.ndarray, positions: np.ndarray) -> Draws:
+        """slots [num_entries] and the positions [num_entries] of the tokens to be chosen."""
+        numbers = uniform(self.seeds[slots], positions).astype(np.float32)
+        return Draws(
+            temperature=self.temperature[slots],
+            # rounding to float32 must not reach 1
+            uniform=np.minimum(numbers, np.float32(1.0 - 2.0**-24)),
+            top_k=self.top_k[slots],
+            top_p=self.top_p[slots],
+            min_p=self.min_p[slots],
+        )
+
     def gather(self, slots: np.ndarray, positions: np.ndarray, device: torch.device) -> SamplingTensors:
-        """slots [num_rows] and the positions [num_rows] of the tokens to be chosen."""
+        """The same on the device, without what no row uses."""
 
         def tensor(array: np.ndarray) -> Tensor:
             return torch.from_numpy(array).to(device, non_blocking=True)
 
-        temperature = self.temperature[slots]
-        numbers = uniform(self.seeds[slots], positions).astype(np.float32)
-        # rounding to float32 must not reach 1
-        numbers = np.minimum(numbers, np.float32(1.0 - 2.0**-24))
-        top_k, top_p, min_p = self.top_k[slots], self.top_p[slots], self.min_p[slots]
+        draws = self.draws(slots, positions)
         return SamplingTensors(
-            temperature=tensor(temperature),
-            uniform=tensor(numbers),
-            top_k=tensor(top_k) if (top_k < self._vocab_size).any() else None,
-            top_p=tensor(top_p) if (top_p < 1.0).any() else None,
-            min_p=tensor(min_p) if (min_p > 0.0).any() else None,
-            all_greedy=not temperature.any(),
+            temperature=tensor(draws.temperature),
+            uniform=tensor(draws.uniform),
+            top_k=tensor(draws.top_k) if (draws.top_k < self._vocab_size).any() else None,
+            top_p=tensor(draws.top_p) if (draws.top_p < 1.0).any() else None,
+            min_p=tensor(draws.min_p) if (draws.min_p > 0.0).any() else None,
+            all_greedy=not draws.temperature.any(),
         )
+
+    def filters(self, slot: int) -> bool:
+        """Whether the slot's request leaves out unlikely tokens."""
+        return bool(self.top_k[slot] < self._vocab_size or self.top_p[slot] < 1.0 or self.min_p[slot] > 0.0)
 
 
 def apply_penalties(

@@ -8,9 +8,12 @@ running request, drafts to verify, and a preempted request that starts over are 
 from __future__ import annotations
 
 import bisect
+import operator
 import time
 from collections.abc import Sequence
 from typing import NamedTuple
+
+import msgspec
 
 from octavo.batch import PlannedRow, StepPlan
 from octavo.blocks import BlockManager
@@ -18,12 +21,13 @@ from octavo.policies import FirstComeFirstServed, SchedulingPolicy
 from octavo.request import FinishReason, Request, RequestState
 
 
-class SettledRow(NamedTuple):
+class SettledRow(msgspec.Struct, frozen=True, gc=False):
     """What a step brought to one request: the tokens that count, and the reason if it ended."""
 
     row: PlannedRow
-    token_ids: Sequence[int]
+    token_ids: list[int]
     finish_reason: FinishReason | None
+    index: int  # of the row in the plan
 
 
 class Scheduler:
@@ -95,14 +99,16 @@ class Scheduler:
         self._plan_prompts(draft)
         return draft.plan()
 
-    def settle(self, plan: StepPlan, sampled: Sequence[Sequence[int]]) -> list[SettledRow]:
+    def settle(self, plan: StepPlan, sampled: Sequence[list[int]]) -> list[SettledRow]:
         """Take in what the step sampled: for each row of the plan its new tokens (none if it did not sample).
 
         Rows of requests that ended or were preempted meanwhile are handled here and nowhere else: an ended request
         ignores its tokens; a preempted one keeps them, since they are what it would have sampled.
         """
         return [
-            settled for row, tokens in zip(plan.rows, sampled, strict=True) if (settled := self._settle(row, tokens))
+            SettledRow(row, *self._settle(row, tokens), index)
+            for index, (row, tokens) in enumerate(zip(plan.rows, sampled, strict=True))
+            if row.request.state is not RequestState.FINISHED
         ]
 
     def check(self) -> None:
@@ -125,40 +131,45 @@ class Scheduler:
     # --- planning ----------------------------------------------------------------------------------------------------
 
     def _plan_running(self, draft: _Draft) -> None:
-        for request in list(self.running.values()):
-            if request.num_to_compute != 1 or request.state is not RequestState.RUNNING or not _can_go_on(request):
+        block_size = self.blocks.block_size
+        for request in tuple(self.running.values()):
+            num_known = request.num_known
+            if num_known - request.num_computed != 1 or not _can_go_on(request):
                 continue
-            drafts = request.drafts[: max(0, draft.budget - 1)]
-            if draft.budget == 0 or not self._make_room(request, request.num_known + len(drafts), draft):
-                continue
-            request.drafts = list(drafts)
-            draft.add(request, 1, drafts)
+            if request.state is not RequestState.RUNNING or draft.budget == 0:
+                continue  # it gave way to one before it
+            if request.drafts:
+                request.drafts = request.drafts[: draft.budget - 1]
+            end = num_known + len(request.drafts)
+            if end <= len(request.blocks) * block_size or self._make_room(request, end, draft):
+                draft.add(request, 1, request.drafts)
 
     def _plan_prompts(self, draft: _Draft) -> None:
         """Each prompt first gets at most a share of the budget, in order of admission, so that several long prompts
         advance together and short ones pass; what is left then goes to the first that can use it."""
         prompts = [request for request in self.running.values() if request.is_prefilling and _can_go_on(request)]
-        share = max(1, draft.budget // self.max_num_partial_prefills)
+        budget = draft.budget
+        share = max(1, budget // self.max_num_partial_prefills)
         grants: dict[Request, int] = {}
         num_partial = 0
 
         def grant(request: Request, limit: int) -> None:
-            nonlocal num_partial
+            nonlocal budget, num_partial
             granted = grants.get(request, 0)
-            more = min(request.num_to_compute - granted, limit, draft.budget)
+            more = min(request.num_to_compute - granted, limit, budget)
             begin = request.num_computed + granted
             self.blocks.fill(request.blocks, begin, begin + more)
             grants[request] = granted + more
-            draft.budget -= more
+            budget -= more
             num_partial += grants[request] < request.num_to_compute
 
         for request in prompts:
-            if draft.budget == 0:
+            if budget == 0:
                 break
             grant(request, share)
         # Who has just given way must not see others walk in: they would take the blocks it is waiting for.
         for request in [] if draft.num_preempted else list(self.waiting):
-            if draft.budget == 0 or not self._free_slots:
+            if budget == 0 or not self._free_slots:
                 break
             if not self._may_start(request):
                 continue
@@ -171,8 +182,8 @@ class Scheduler:
                 break
             grant(request, share)
         for request in grants:
-            grant(request, draft.budget)
-            draft.append(request, grants[request])
+            grant(request, budget)
+            draft.add(request, grants[request])
 
     def _make_room(self, request: Request, num_tokens: int, draft: _Draft) -> bool:
         """Reserve blocks for ``num_tokens`` tokens, preempting others if need be; False if it gave way itself."""
@@ -246,10 +257,9 @@ class Scheduler:
 
     # --- settling ----------------------------------------------------------------------------------------------------
 
-    def _settle(self, row: PlannedRow, tokens: Sequence[int]) -> SettledRow | None:
+    def _settle(self, row: PlannedRow, tokens: list[int]) -> tuple[list[int], FinishReason | None]:
+        """The tokens that count, and the reason if the request has ended."""
         request = row.request
-        if request.finished:
-            return None
         current = row.epoch == request.num_preemptions  # not preempted since the step was launched
         num_computed = row.end
         if row.samples:
@@ -258,23 +268,23 @@ class Scheduler:
         if row.drafts and current:
             request.drafts = []
             request.num_computed = num_computed
-        kept: list[int] = []
         reason = None
-        for token in tokens:
-            kept.append(token)
+        for count, token in enumerate(tokens, 1):
             reason = request.append(token)
             if reason is not None:
+                tokens = tokens[:count]
                 break
         if current:
             num_computed = min(num_computed, len(request.tokens))
-            request.num_stored = self.blocks.store(
-                request.tokens, request.blocks, request.num_stored, num_computed, request.salt
-            )
-        if kept and not request.first_token_at:
+            if num_computed >= (request.num_stored + 1) * self.blocks.block_size:
+                request.num_stored = self.blocks.store(
+                    request.tokens, request.blocks, request.num_stored, num_computed, request.salt
+                )
+        if not request.first_token_at and tokens:
             request.first_token_at = time.monotonic()
         if reason is not None:
             self.finish(request, reason)
-        return SettledRow(row, kept, reason)
+        return tokens, reason
 
     # --- moving requests ---------------------------------------------------------------------------------------------
 
@@ -300,12 +310,10 @@ class Scheduler:
 
 def _can_go_on(request: Request) -> bool:
     """Whether the next token can be computed now, given what is in flight."""
-    if request.num_to_compute == 0 or not request.may_sample:
-        return False
     if request.num_pending == 0:
-        return True
+        return request.num_to_compute > 0 and request.may_sample
     # Its newest token is on the device only; and how many drafts were accepted is known only when they are settled.
-    return not request.needs_history and not request.drafts
+    return not request.needs_history and not request.drafts and request.num_to_compute > 0 and request.may_sample
 
 
 def _can_fork(request: Request) -> bool:
@@ -338,30 +346,36 @@ class _Draft:
         self.num_preempted = 0
         self.num_prefix_queries = 0
         self.num_prefix_hits = 0
-        self._rows: dict[Request, PlannedRow] = {}
+        self._singles: dict[Request, PlannedRow] = {}
+        self._longer: dict[Request, PlannedRow] = {}
 
-    def add(self, request: Request, num_tokens: int, drafts: Sequence[int]) -> None:
-        self.budget -= num_tokens + len(drafts)
-        self.append(request, num_tokens, drafts)
-
-    def append(self, request: Request, num_tokens: int, drafts: Sequence[int] = ()) -> None:
+    def add(self, request: Request, num_tokens: int, drafts: Sequence[int] = ()) -> None:
+        """Plan so many tokens and drafts of the request."""
         start = request.num_computed
-        samples = start + num_tokens == request.num_known
-        self._rows[request] = PlannedRow(
-            request, start, num_tokens + len(drafts), samples, tuple(drafts), request.num_preemptions
-        )
-        request.num_computed = start + num_tokens
+        num_planned = num_tokens + len(drafts)
+        end = start + num_tokens
+        samples = end == request.num_known
+        rows = self._singles if num_planned == 1 else self._longer
+        rows[request] = PlannedRow(request, start, num_planned, samples, tuple(drafts), request.num_preemptions)
+        request.num_computed = end
         request.num_pending += samples
+        self.budget -= num_planned
 
     def drop(self, request: Request) -> None:
         """The request gave way: take back what was planned for it in this step."""
         self.num_preempted += 1
-        row = self._rows.pop(request, None)
+        row = self._singles.pop(request, None) or self._longer.pop(request, None)
         if row is not None:
             self.budget += row.num_tokens
             request.num_pending -= row.samples
 
     def plan(self) -> StepPlan:
-        # single tokens first: backends may treat them apart
-        rows = sorted(self._rows.values(), key=lambda row: row.num_tokens > 1)
-        return StepPlan(rows, self.copies, self.num_preempted, self.num_prefix_queries, self.num_prefix_hits)
+        # single tokens first: backends may treat them apart; the longest contexts at the end of them, see ForwardBatch
+        singles = sorted(self._singles.values(), key=operator.attrgetter("start"))
+        return StepPlan(
+            [*singles, *self._longer.values()],
+            self.copies,
+            self.num_preempted,
+            self.num_prefix_queries,
+            self.num_prefix_hits,
+        )

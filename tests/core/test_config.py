@@ -74,6 +74,14 @@ def test_speculation_is_off_until_something_is_named(config: SpeculativeConfig, 
     assert config.enabled is enabled
 
 
+def test_settings_of_what_is_off_are_refused() -> None:
+    for off in (SpeculativeConfig(num_tokens=8), SpeculativeConfig(fixed=True), SpeculativeConfig(quantization="fp8")):
+        with pytest.raises(ConfigError, match="--speculative-model or --speculative-method"):
+            EngineConfig(model="m", speculative=off)
+    with pytest.raises(ConfigError, match="prefix_cache chain contradicts enable_prefix_caching"):
+        EngineConfig(model="m", prefix_cache="chain", enable_prefix_caching=False)
+
+
 @pytest.mark.parametrize("config", [EngineConfig(model="m"), SpeculativeConfig()])
 def test_a_configuration_is_frozen(config: EngineConfig | SpeculativeConfig) -> None:
     for field in dataclasses.fields(config):

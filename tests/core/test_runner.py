@@ -1,66 +1,62 @@
-"""Decodes as a graph takes them are the same step: padding, sampling rows and prompts beside them change nothing.
+"""A step as a graph takes it is the same step: padding, rows that draw and prompts beside decodes change nothing.
 
 There is no device here: what would be captured is run again instead, with inputs in the same buffers.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from random import Random
+from typing import Any, ClassVar
 
+import hypothesis.strategies as st
 import numpy as np
 import pytest
-import torch
+from hypothesis import given, settings
+from torch import Tensor
 
 import octavo.runner
 import octavo.startup
 from octavo.attention.torch_backend import TorchAttention
-from octavo.batch import ForwardBatch
+from octavo.batch import ForwardBatch, PlannedRow
 from octavo.config import EngineConfig
 from octavo.engine import Engine
-from octavo.graphs import DecodeGraphs, DecodeOutput, DecodeStep, MixedGraphs, MixedShape, MixedStep, graph_sizes
-from octavo.messages import Submit
-from octavo.request import SamplingParams
+from octavo.graphs import Choice, StepGraphs, StepInputs, StepShape, StepShapes
+from octavo.messages import Abort, Submit
+from octavo.request import Request, SamplingParams
+from octavo.rows import RowArrays
 from octavo.runner import Runner
+from octavo.speculation import FixedController, Speculation
 from octavo.startup import build_engine, resolve
 
 PROMPTS = [[(5 * i + 7 * j) % 256 for j in range(length)] for i, length in enumerate([3, 16, 17, 40, 1, 70])]
 GREEDY = SamplingParams(temperature=0.0, max_tokens=20)
 
 
-class Rerun(DecodeGraphs):
-    """Runs the step where a graph would be replayed."""
+class Rerun(StepGraphs):
+    """Runs the step where a graph would be replayed; counts the shapes."""
 
-    num_replays = 0
+    replayed: ClassVar[Counter[StepShape]] = Counter()
 
-    def capture(self, step: DecodeStep) -> bool:
-        self._step = step
+    def _can_capture(self, run: Callable[[], object]) -> bool:
         return True
 
-    def can_serve(self, num_rows: int, num_tokens: int, num_sampled: int) -> bool:
-        return num_rows == num_tokens == num_sampled
+    def _capture(self, inputs: StepInputs, shape: StepShape) -> tuple[Callable[[], object], Tensor]:
+        result = self._step(inputs, shape)
 
-    def replay(self, slots: np.ndarray, seq_lens: np.ndarray) -> DecodeOutput:
-        type(self).num_replays += 1
-        size = next(size for size in self._sizes if size >= len(slots))
-        self._fill(slots, seq_lens, size)
-        return self._step(*self._views(size)).first(len(slots))
+        def run() -> None:
+            self.replayed[shape] += 1
+            result.copy_(self._step(inputs, shape))
 
+        return run, result
 
-class RerunMixed(MixedGraphs):
-    """The same for steps with prompts."""
-
-    num_replays = 0
-
-    def capture(self, step: MixedStep) -> None:
-        self._step = step
-
-    def replay(self, shape: MixedShape, *arrays: np.ndarray) -> tuple[DecodeOutput, np.ndarray]:
-        type(self).num_replays += 1
-        where = self._fill(shape, *arrays)
-        return self._step(self._views(shape), shape), where
+    def replay(self, *args: Any) -> tuple[Tensor, np.ndarray]:
+        """A GPU copies to the host in the order of the stream; here the next step would overwrite what nobody read."""
+        output, where = super().replay(*args)
+        return output.clone(), where
 
 
 class DeviceLengths(TorchAttention):
@@ -76,18 +72,21 @@ class DeviceLengths(TorchAttention):
 
 
 @pytest.fixture
-def make_engine(tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[bool], Engine]:
-    def make(use_graphs: bool) -> Engine:
+def make_engine(tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Engine]:
+    return engine_maker(tiny_llama, monkeypatch)
+
+
+def engine_maker(tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Engine]:
+    def make(use_graphs: bool, **options: Any) -> Engine:
         def runner(model: Any, backend: Any, *args: Any, **options: Any) -> Runner:
             backend.__class__ = DeviceLengths
             return Runner(model, backend, *args, **{**options, "use_graphs": use_graphs})
 
-        monkeypatch.setattr(octavo.runner, "DecodeGraphs", Rerun)
-        monkeypatch.setattr(octavo.runner, "MixedGraphs", RerunMixed)
+        monkeypatch.setattr(octavo.runner, "StepGraphs", Rerun)
+        Rerun.replayed.clear()
         monkeypatch.setattr(octavo.startup, "Runner", runner)
-        config = EngineConfig(
-            model=str(tiny_llama), device="cpu", attention_backend="torch", num_blocks=64, max_num_seqs=6, overlap=False
-        )
+        options = {"num_blocks": 64, "max_num_seqs": 6, "overlap": False, **options}
+        config = EngineConfig(model=str(tiny_llama), device="cpu", attention_backend="torch", **options)
         return build_engine(resolve(config))
 
     return make
@@ -112,36 +111,148 @@ def _step(engine: Engine, tokens: dict[str, list[int]]) -> None:
     engine.check()
 
 
-@pytest.mark.parametrize(
-    "kinds",
-    [
-        [GREEDY],
-        [
-            GREEDY,
-            SamplingParams(temperature=0.9, max_tokens=20, logprobs=1),
-            SamplingParams(temperature=0.0, max_tokens=9, frequency_penalty=1.0),
-        ],
+DRAWN = SamplingParams(temperature=0.9, max_tokens=20)
+KINDS = {
+    Choice.LIKELIEST: [GREEDY],
+    Choice.DRAWN: [GREEDY, DRAWN],
+    Choice.FILTERED: [GREEDY, DRAWN, SamplingParams(temperature=1.5, top_k=20, top_p=0.9, min_p=0.01, max_tokens=20)],
+    Choice.LOGITS: [
+        DRAWN,
+        SamplingParams(temperature=0.9, max_tokens=20, logprobs=1),
+        SamplingParams(temperature=0.0, max_tokens=9, frequency_penalty=1.0),
     ],
-    ids=["greedy", "mixed"],
-)
-def test_graph_steps_generate_what_eager_ones_do(
-    make_engine: Callable[[bool], Engine], kinds: list[SamplingParams]
-) -> None:
+}
+
+
+@pytest.mark.parametrize("choice", KINDS, ids=lambda choice: choice.name.lower())
+def test_graph_steps_generate_what_eager_ones_do(make_engine: Callable[..., Engine], choice: Choice) -> None:
+    kinds = KINDS[choice]
     params = [kinds[i % len(kinds)] for i in range(len(PROMPTS))]
-    before = Rerun.num_replays
     eager = generate(make_engine(False), params)
-    assert Rerun.num_replays == before
+    assert not Rerun.replayed
     assert generate(make_engine(True), params) == eager
-    assert Rerun.num_replays > before + 10
-    assert RerunMixed.num_replays > 0
+    assert sum(count for shape, count in Rerun.replayed.items() if shape.choice is choice) > 5
+    assert any(shape.num_longer for shape in Rerun.replayed), "no prompt was computed beside decodes"
 
 
-def test_padding_writes_to_the_spare_block_only(make_engine: Callable[[bool], Engine]) -> None:
+class Guesser:
+    """Knows what will come, and now and then says something else."""
+
+    bytes_per_block = 0
+
+    def __init__(self, outputs: dict[str, list[int]]) -> None:
+        self._outputs = outputs
+
+    def start(self, num_blocks: int) -> None:
+        pass
+
+    def draft(self, requests: Sequence[Request], limits: Sequence[int]) -> list[list[int]]:
+        guesses = []
+        for request, limit in zip(requests, limits, strict=True):
+            start = request.num_output
+            coming = self._outputs[request.request_id][start : start + limit]
+            guesses.append([(token + (start + i) % 4 // 3) % 256 for i, token in enumerate(coming)])
+        return guesses
+
+    def release(self, request: Request) -> None:
+        pass
+
+
+@pytest.mark.parametrize("choice", [Choice.LIKELIEST, Choice.DRAWN, Choice.FILTERED], ids=lambda choice: choice.name)
+def test_drafts_are_verified_in_graphs_as_without(make_engine: Callable[..., Engine], choice: Choice) -> None:
+    kinds = KINDS[choice]
+    params = [kinds[i % len(kinds)] for i in range(len(PROMPTS))]
+    plain = generate(make_engine(False), params)
+    made = make_engine(True)
+    speculation = Speculation(Guesser(plain), FixedController(3), made.scheduler, 3)
+    engine = Engine(made.scheduler, made.runner, made.info, speculation=speculation)
+    assert generate(engine, params) == plain
+    replayed = Counter(shape.max_query_len for shape in Rerun.replayed.elements() if shape.every_token)
+    assert set(replayed) <= {2, 3, 4}
+    assert sum(replayed.values()) > 3
+    assert any(shape.choice is choice for shape in Rerun.replayed if shape.every_token)
+
+
+@pytest.fixture(scope="module")
+def engines(tiny_llama: Path) -> Iterator[tuple[Engine, Engine]]:
+    """One that captures and one that does not, both with few blocks."""
+    with pytest.MonkeyPatch.context() as patch:
+        make = engine_maker(tiny_llama, patch)
+        yield make(True, num_blocks=24), make(False, num_blocks=24)
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(0, 2**32))
+def test_whatever_comes_graphs_change_nothing(engines: tuple[Engine, Engine], seed: int) -> None:
+    """Arrivals at any time, aborts, preemptions, samples of one prompt, all ways to choose in one batch, and a step in
+    flight while the next is launched."""
+    outputs = [run_random_load(engine, Random(seed)) for engine in engines]
+    assert outputs[0] == outputs[1]
+
+
+def run_random_load(engine: Engine, random: Random) -> dict[tuple[str, int], list[int]]:
+    """The tokens of every sample that was not aborted."""
+    kinds = [params for kind in KINDS.values() for params in kind]
+    arriving = [
+        Submit(
+            str(number),
+            [random.randrange(256) for _ in range(random.choice([1, 2, 15, 16, 33, 90]))],
+            random.choice(kinds).replace(n=random.choice([1, 1, 2]), max_tokens=random.randint(1, 25)),
+            seed=random.randrange(2**62),
+        )
+        for number in range(random.randint(1, 10))
+    ]
+    aborted = {submit.request_id for submit in arriving if random.random() < 0.1}
+    tokens: dict[tuple[str, int], list[int]] = {}
+    in_flight = None
+    while arriving or engine.has_work or in_flight:
+        for _ in range(min(random.randint(0, 2), len(arriving))):
+            engine.submit(arriving.pop(0))
+        if aborted and random.random() < 0.1:
+            engine.abort(Abort(min(aborted)))
+        launched = engine.launch()
+        outputs = engine.settle(in_flight)
+        in_flight = launched
+        engine.check()
+        for output in outputs.sequences:
+            assert output.error is None, output.error
+            if output.request_id not in aborted:
+                tokens.setdefault((output.request_id, output.index), []).extend(output.token_ids)
+    return tokens
+
+
+def test_a_step_that_cannot_be_captured_runs_without_a_graph(
+    make_engine: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    expected = generate(make_engine(False), [DRAWN] * len(PROMPTS))
+    capture = Rerun._capture
+
+    def fail(self: Rerun, inputs: StepInputs, shape: StepShape) -> tuple[Callable[[], object], Tensor]:
+        if shape.choice is Choice.DRAWN:
+            raise RuntimeError("operation not permitted when stream is capturing")
+        return capture(self, inputs, shape)
+
+    monkeypatch.setattr(Rerun, "_capture", fail)
+    engine = make_engine(True)
+    assert generate(engine, [DRAWN] * len(PROMPTS)) == expected
+    assert not Rerun.replayed
+    assert sum("not permitted" in record.message for record in caplog.records) == 1
+
+
+def test_only_what_a_step_leaves_to_others_gets_a_graph_with_logits(make_engine: Callable[..., Engine]) -> None:
+    generate(make_engine(True), [GREEDY] * len(PROMPTS))
+    assert {shape.choice for shape in Rerun.replayed} == {Choice.LIKELIEST}
+
+
+def test_padding_writes_to_the_spare_block_only(make_engine: Callable[..., Engine]) -> None:
     engine = make_engine(True)
     for i in range(3):  # padded to four rows
         engine.submit(Submit(str(i), PROMPTS[3], GREEDY, seed=0))
     engine.settle(engine.launch())
     used = {block for request in engine.scheduler.running.values() for block in request.blocks}
+    spare = engine.info.num_blocks
+    for cache in engine.runner.kv:
+        cache[spare] = 0.0
     before = [cache.clone() for cache in engine.runner.kv]
     engine.settle(engine.launch())
     changed = {
@@ -149,21 +260,56 @@ def test_padding_writes_to_the_spare_block_only(make_engine: Callable[[bool], En
         for old, new in zip(before, engine.runner.kv, strict=True)
         for block in (old != new).flatten(1).any(dim=1).nonzero()
     }
-    spare = engine.info.num_blocks
     assert changed <= used | {spare}
     assert spare in changed
 
 
-def test_sizes_cover_every_number_of_rows_without_much_padding() -> None:
-    for limit in (1, 3, 16, 100, 256, 1000):
-        sizes = graph_sizes(limit)
-        assert sizes == sorted(set(sizes))
-        assert sizes[-1] == limit
-        for num_rows in range(1, limit + 1):
-            size = next(size for size in sizes if size >= num_rows)
-            assert size - num_rows <= max(7, num_rows // 4)
+def arrays(*query_lens: int, samples: bool = True, num_drafts: int = 0) -> RowArrays:
+    """Rows of so many tokens."""
+    rows = []
+    for slot, length in enumerate(sorted(query_lens)):
+        request = Request(str(slot), [0] * length, GREEDY, seed=0, max_total_tokens=length + 1)
+        request.slot = slot
+        rows.append(PlannedRow(request, 5, length, samples, (0,) * min(num_drafts, length - 1)))
+    return RowArrays.of(rows)
 
 
-def test_a_graph_serves_plain_decodes_it_was_captured_for() -> None:
-    graphs = DecodeGraphs([1, 2, 4], spare_slot=4, device=torch.device("cpu"))
-    assert not graphs.can_serve(2, 2, 2), "nothing is captured yet"
+@pytest.mark.parametrize("limit", [1, 3, 16, 100, 300])
+def test_there_is_a_shape_for_every_number_of_decodes_without_much_padding(limit: int) -> None:
+    shapes = StepShapes(limit)
+    for num_rows in range(1, limit + 1):
+        shape = shapes.find(arrays(*[1] * num_rows), Choice.LIKELIEST)
+        assert shape is not None
+        assert shape.num_rows == shape.num_tokens == shape.num_logits <= limit
+        assert 0 <= shape.num_rows - num_rows <= max(7, num_rows // 4)
+    assert shapes.find(arrays(*[1] * (limit + 1)), Choice.LIKELIEST) is None
+
+
+def test_there_is_a_shape_for_a_few_prompts_beside_decodes() -> None:
+    shapes = StepShapes(256)
+    shape = shapes.find(arrays(*[1] * 100, 30, 50), Choice.DRAWN)
+    assert shape is not None
+    assert (shape.num_decodes, shape.num_longer, shape.num_longer_tokens) == (128, 4, 128)
+    assert shape.choice is Choice.DRAWN
+    assert shapes.find(arrays(*[1] * 100, 600), Choice.LIKELIEST) is None, "large steps need no graph"
+    assert shapes.find(arrays(*[1] * 100, 2, 2, 2, 2, 2), Choice.LIKELIEST) is None
+    assert shapes.find(arrays(200), Choice.LIKELIEST) is None
+
+
+def test_drafts_get_as_many_tokens_a_row_as_the_longest_has() -> None:
+    shapes = StepShapes(256)
+    shape = shapes.find(arrays(1, 2, 4, num_drafts=3), Choice.LIKELIEST)
+    assert shape is not None
+    assert (shape.num_decodes, shape.num_longer, shape.num_longer_tokens, shape.max_query_len) == (0, 4, 16, 4)
+    assert shape.num_logits == shape.num_tokens
+    assert shapes.find(arrays(1, 2, 9, num_drafts=3), Choice.LIKELIEST) is None, "not beside a prompt"
+
+
+def test_rows_that_decide_no_token_are_no_decodes() -> None:
+    assert StepShapes(8).find(arrays(1, 1, samples=False), Choice.LIKELIEST) is None
+
+
+def test_the_usual_shapes_come_largest_first() -> None:
+    sizes = [shape.num_tokens for shape in StepShapes(256).usual()]
+    assert sizes == sorted(sizes, reverse=True)
+    assert max(sizes) == 256 + 512

@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from octavo.client import drive
-from octavo.config import EngineConfig
+from octavo.config import EngineConfig, SpeculativeConfig
 from octavo.engine import Engine
+from octavo.graphs import Choice
 from octavo.messages import Command, Shutdown, StepOutputs, Submit
 from octavo.request import SamplingParams
 from octavo.startup import build_engine, resolve
@@ -73,6 +74,33 @@ def test_rows_that_sample_share_a_graph_with_greedy_ones(tiny_llama: Path) -> No
     ]
     params = [kinds[i % len(kinds)] for i in range(len(PROMPTS))]
     assert generate(engine(tiny_llama), params) == generate(engine(tiny_llama, enforce_eager=True), params)
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        SamplingParams(temperature=0.9, max_tokens=24),
+        SamplingParams(temperature=0.9, top_k=30, top_p=0.9, max_tokens=24),
+    ],
+    ids=["drawn", "filtered"],
+)
+def test_captured_steps_draw_the_same_tokens(tiny_llama: Path, kind: SamplingParams) -> None:
+    params = [kind if i % 3 else GREEDY for i in range(len(PROMPTS))]
+    with_graphs = engine(tiny_llama)
+    assert generate(with_graphs, params) == generate(engine(tiny_llama, enforce_eager=True), params)
+    expected = Choice.FILTERED if kind.top_k else Choice.DRAWN
+    assert with_graphs.runner.graphs is not None
+    assert expected in {shape.choice for shape in with_graphs.runner.graphs.captured}
+
+
+def test_drafts_are_verified_in_captured_steps(tiny_llama: Path) -> None:
+    """In float16, so that the number of tokens in a step hardly changes a logit."""
+    drafting = SpeculativeConfig(method="ngram", num_tokens=3, fixed=True)
+    longer = SamplingParams(temperature=0.0, max_tokens=48)
+    with_drafts = engine(tiny_llama, dtype="float16", speculative=drafting)
+    assert generate(with_drafts, longer) == generate(engine(tiny_llama, dtype="float16"), longer)
+    assert with_drafts.runner.graphs is not None
+    assert any(shape.every_token for shape in with_drafts.runner.graphs.captured)
 
 
 @pytest.mark.parametrize("enforce_eager", [False, True])

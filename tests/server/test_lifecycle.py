@@ -10,6 +10,7 @@ from typing import Any
 
 import httpx
 import pytest
+from fastapi import FastAPI
 from tests.server.scripted import ScriptedEngine, make_processor
 
 from octavo.cli import serve as command
@@ -17,7 +18,7 @@ from octavo.config import EngineConfig
 from octavo.errors import ConfigError
 from octavo.server import lifecycle
 from octavo.server.app import create_app
-from octavo.server.lifecycle import DrainingServer, ListenConfig
+from octavo.server.lifecycle import DrainingServer, ListenConfig, uvicorn_config
 from octavo.server.service import ServerConfig, Service
 from octavo.startup import resolve
 
@@ -45,6 +46,12 @@ def test_the_address_is_one_that_clients_can_use() -> None:
         port = taken.getsockname()[1]
         assert ListenConfig(port=0).url(taken) == f"http://127.0.0.1:{port}"
         assert ListenConfig(port=0, root_path="/llm", certificate="c").url(taken) == f"https://127.0.0.1:{port}/llm"
+
+
+def test_the_proxys_path_and_the_certificate_reach_the_http_server() -> None:
+    listen = ListenConfig(root_path="/llm", certificate="c.pem", private_key="k.pem")
+    config = uvicorn_config(FastAPI(), listen)
+    assert (config.root_path, config.ssl_certfile, config.ssl_keyfile) == ("/llm", "c.pem", "k.pem")
 
 
 def test_a_socket_that_was_left_behind_is_replaced_and_nothing_else(tmp_path: Path) -> None:

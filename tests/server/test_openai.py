@@ -95,6 +95,21 @@ def test_samples_differ_and_each_has_an_index_and_a_reason(client: openai.OpenAI
     assert len({choice.message.content for choice in choices}) > 1
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_samples_end_each_in_its_own_time(client: openai.OpenAI, server: RunningServer, stream: bool) -> None:
+    often = list(range(0, 256, 8))  # one token in eight ends a sample
+    options = {"n": 6, "temperature": 5.0, "seed": 3, "max_tokens": 40, "stream": stream}
+    answer = complete(client, **options, extra_body={"stop_token_ids": often, "return_token_ids": True})
+    choices = [choice for chunk in answer for choice in chunk.choices] if stream else answer.choices
+    lengths, reasons = dict.fromkeys(range(6), 0), dict.fromkeys(range(6), "")
+    for choice in choices:
+        assert not reasons[choice.index], "it said something after its end"
+        lengths[choice.index] += len(choice.token_ids)
+        reasons[choice.index] = choice.finish_reason or ""
+    assert all(reason == "stop" or lengths[index] == 40 for index, reason in reasons.items())
+    assert len(set(lengths.values())) > 2
+
+
 def test_samples_of_a_stream_are_told_apart_by_index(client: openai.OpenAI) -> None:
     whole = complete(client, n=3, temperature=1.0, seed=5)
     texts = ["", "", ""]

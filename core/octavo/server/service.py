@@ -18,7 +18,7 @@ from starlette.types import Receive
 import octavo
 from octavo.client import EngineClient
 from octavo.errors import EngineDead, RequestError
-from octavo.frontend import Delivery, Frontend, Sink
+from octavo.frontend import Delivery, Frontend, Sink, call_sinks
 from octavo.messages import StepStats
 from octavo.outputs import CompletionDelta, RequestSummary
 from octavo.request import FinishReason, SamplingParams
@@ -168,7 +168,7 @@ class Service:
     def _deliver(self, deliveries: list[Delivery]) -> None:
         """From the client's thread, once per step: one wake-up of the event loop for all of them."""
         if self._loop is not None and not self._loop.is_closed():
-            self._loop.call_soon_threadsafe(_call, deliveries)
+            self._loop.call_soon_threadsafe(call_sinks, deliveries)
 
     # --- who may do what ---------------------------------------------------------------------------------------------
 
@@ -293,8 +293,3 @@ def _both(first: Callable[[T], None], second: Callable[[T], None] | None) -> Cal
         second(what)
 
     return tell
-
-
-def _call(deliveries: list[Delivery]) -> None:
-    for sink, delta in deliveries:
-        sink(delta)

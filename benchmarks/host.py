@@ -1,0 +1,192 @@
+"""What a step costs the host: ``python benchmarks/host.py [--rows 64 256 1024] [--profile PART] [--save FILE]``.
+
+Schedule, launch and settle of decode steps, with a model and an attention backend that do nothing: what is left is
+the engine's own Python and a few small tensor operations. Needs no GPU; ``benchmarks/gpu.py host`` measures the same
+on one, where launching a captured step takes the place of the operations.
+"""
+
+from __future__ import annotations
+
+import argparse
+import cProfile
+import pstats
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from octavo.batch import ForwardBatch, StepPlan
+from octavo.bench import report
+from octavo.blocks import BlockManager
+from octavo.engine import Engine, InFlight
+from octavo.interfaces import AttentionBackend, AttentionSpec, Placement
+from octavo.layers.attention import ForwardContext
+from octavo.messages import EngineInfo, StepOutputs, Submit
+from octavo.operations import SampleNeed
+from octavo.request import SamplingParams
+from octavo.runner import LaunchedStep, Runner
+from octavo.sampling import TorchSample
+from octavo.scheduler import Scheduler
+from octavo.speculation import NOTHING_DRAFTED
+from octavo_cache.hash_chain import HashChain
+
+CPU = torch.device("cpu")
+BLOCK_SIZE = 16
+VOCAB_SIZE = 256
+PARTS = ("schedule", "launch", "settle")
+
+
+class NoModel:
+    """Hidden states that nobody computed."""
+
+    def __init__(self) -> None:
+        self._hidden = torch.zeros(16384, 1)
+        self._logits = torch.zeros(16384, 1)
+
+    def forward(self, tokens: Tensor, positions: Tensor, context: ForwardContext) -> Tensor:
+        return self._hidden[: len(tokens)]
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        return self._logits[: len(hidden)]
+
+
+class NoAttention(AttentionBackend):
+    """Has no cache and plans nothing."""
+
+    name = "none"
+
+    def __init__(self) -> None:
+        pass
+
+    @classmethod
+    def missing(cls, need: Any) -> list[str]:
+        return []
+
+    def kv_shape(self, spec: AttentionSpec, num_blocks: int) -> tuple[int, ...]:
+        return (num_blocks, 1)
+
+    def plan(self, batch: ForwardBatch) -> None:
+        return None
+
+    def attend(self, query: Tensor, *_: Any) -> Tensor:
+        return query
+
+
+def make_engine(num_rows: int, max_model_len: int) -> Engine:
+    """An engine around the model that does nothing, with room for everyone and a prefix cache as usual."""
+    num_blocks = num_rows * (max_model_len // BLOCK_SIZE + 1)
+    runner = Runner(
+        NoModel(),  # type: ignore[arg-type]
+        NoAttention(),
+        [],
+        Placement(CPU, torch.float32),
+        num_blocks=num_blocks,
+        block_size=BLOCK_SIZE,
+        kv_dtype=torch.float32,
+        max_num_seqs=num_rows,
+        max_model_len=max_model_len,
+        vocab_size=VOCAB_SIZE,
+        sample=TorchSample(SampleNeed(CPU, VOCAB_SIZE)),
+    )
+    scheduler = Scheduler(
+        BlockManager(num_blocks, BLOCK_SIZE, HashChain(BLOCK_SIZE)), max_num_seqs=num_rows, max_num_batched_tokens=8192
+    )
+    info = EngineInfo(
+        "none", "none", "float32", "cpu", VOCAB_SIZE, max_model_len, num_blocks, BLOCK_SIZE, num_rows, 8192, "none", 0
+    )
+    return Engine(scheduler, runner, info)
+
+
+class Parts:
+    """The three parts of a step, one after the other, with somebody who times them."""
+
+    def __init__(self, engine: Engine, watch: Callable[[str, Callable[[], Any]], Any]) -> None:
+        self._engine = engine
+        self._watch = watch
+
+    def step(self) -> StepPlan:
+        """Run one step; its plan."""
+        engine, watch = self._engine, self._watch
+        plan: StepPlan = watch("schedule", engine.scheduler.schedule)
+        launched: LaunchedStep = watch("launch", lambda: engine.runner.launch(plan))
+        outputs: StepOutputs = watch("settle", lambda: engine.settle(InFlight(launched, 0.0, NOTHING_DRAFTED)))
+        assert len(outputs.sequences) == len(plan.rows) or any(row.num_tokens > 1 for row in plan.rows)
+        return plan
+
+
+def run(num_rows: int, num_steps: int, watch: Callable[[str, Callable[[], Any]], Any]) -> None:
+    """``num_steps`` decode steps of ``num_rows`` greedy requests, watched; the first ones and the prompts are not."""
+    engine = make_engine(num_rows, 64 + num_steps + 40)
+    params = SamplingParams(temperature=0.0, max_tokens=num_steps + 32, ignore_eos=True)
+    for row in range(num_rows):
+        # prompts of different lengths: rows fill their blocks in different steps
+        engine.submit(Submit(str(row), [row % VOCAB_SIZE] * (32 + row % BLOCK_SIZE), params, seed=row))
+    warm = Parts(engine, lambda _, part: part())
+    while engine.scheduler.waiting or any(r.is_prefilling for r in engine.scheduler.running.values()):
+        warm.step()
+    for _ in range(16):
+        warm.step()
+    watched = Parts(engine, watch)
+    for _ in range(num_steps):
+        plan = watched.step()
+        assert len(plan.rows) == plan.num_tokens == num_rows
+
+
+def measure(num_rows: int, num_steps: int) -> dict[str, float]:
+    """Milliseconds of each part of a step, the median."""
+    seconds: dict[str, list[float]] = {part: [] for part in PARTS}
+
+    def watch(part: str, work: Callable[[], Any]) -> Any:
+        begin = time.thread_time()
+        result = work()
+        seconds[part].append(time.thread_time() - begin)
+        return result
+
+    run(num_rows, num_steps, watch)
+    return {part: statistics.median(times) * 1e3 for part, times in seconds.items()}
+
+
+def profile(num_rows: int, num_steps: int, wanted: str) -> None:
+    """Print where one part's time goes."""
+    profiler = cProfile.Profile()
+
+    def watch(part: str, work: Callable[[], Any]) -> Any:
+        return profiler.runcall(work) if part == wanted else work()
+
+    run(num_rows, num_steps, watch)
+    pstats.Stats(profiler).sort_stats("tottime").print_stats(16)
+
+
+def main() -> None:
+    """Print a row for every number of rows."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--rows", type=int, nargs="+", default=[1, 64, 256, 1024])
+    parser.add_argument("--steps", type=int, default=128)
+    parser.add_argument("--profile", choices=PARTS, help="show the functions of one part instead")
+    parser.add_argument("--save", type=Path, metavar="FILE", help="write every figure as JSON")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    if args.profile:
+        profile(args.rows[-1], args.steps, args.profile)
+        return
+    result = {}
+    print(f"{'rows':>6}" + "".join(f"{part + ', ms':>14}" for part in PARTS) + f"{'all, ms':>10}{'a row, us':>12}")
+    for num_rows in args.rows:
+        result[num_rows] = times = measure(num_rows, args.steps)
+        whole = sum(times.values())
+        print(
+            f"{num_rows:>6}"
+            + "".join(f"{times[part]:>14.3f}" for part in PARTS)
+            + f"{whole:>10.3f}{whole / num_rows * 1e3:>12.2f}",
+            flush=True,
+        )
+    if args.save is not None:
+        report.save(args.save, "benchmarks/host.py", {"rows": args.rows, "steps": args.steps}, {"ms": result})
+
+
+if __name__ == "__main__":
+    main()

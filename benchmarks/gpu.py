@@ -338,7 +338,7 @@ class Table:
         """Print and keep one row."""
         cells = [anchor.floor, anchor.vllm, anchor.must, anchor.aim]
         shown = "".join(f"{'' if cell is None else f'{cell:g}':>9}" for cell in cells)
-        good = value <= anchor.must if unit in ("ms", "s") else value >= anchor.must
+        good = value <= anchor.must if unit in ("ms", "s", "GiB") else value >= anchor.must
         print(f"{name:<28}{unit:>8}{shown}{value:>10.4g}{'' if good else '  <--'}", flush=True)
         self.rows.append({"name": name, "unit": unit, "octavo": value, "vllm": anchor.vllm, "must": anchor.must})
 

@@ -7,6 +7,7 @@ from octavo import KernelProvider, PluginInfo, Provider, hookimpl
 plugin = PluginInfo(api=(1, 1), summary="Triton kernels for GPUs")
 
 REQUIRES = ("triton",)
+REQUIRES_GLUON = ("triton.experimental.gluon.language.nvidia.hopper",)
 
 
 @hookimpl
@@ -24,7 +25,17 @@ def octavo_kernels() -> list[KernelProvider]:
         "linear_fp8": "octavo_kernels.fp8_linear:TritonFp8",
         "sample": "octavo_kernels.sample:TritonSample",
     }
-    return [
+    hopper = {
+        "linear_packed": "octavo_kernels.hopper_linear:HopperPacked",
+        "linear_fp8": "octavo_kernels.hopper_linear:HopperFp8",
+    }
+    kernels = [
         KernelProvider(f"triton-{operation.replace('_', '-')}", target, 50, REQUIRES, operation=operation)
         for operation, target in targets.items()
     ]
+    # below the others until whole models have run with them: chosen by --kernel
+    kernels += [
+        KernelProvider(f"hopper-{operation.replace('_', '-')}", target, 40, REQUIRES_GLUON, operation=operation)
+        for operation, target in hopper.items()
+    ]
+    return kernels

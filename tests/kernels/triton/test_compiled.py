@@ -16,7 +16,8 @@ import json, re, subprocess, sys, tempfile
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from octavo_kernels import activation, argmax, attention, fp8_linear, linear, norm, packed_linear, rotary, sample
+from octavo_kernels import activation, argmax, attention, fp8_linear, hopper_linear, linear, norm, packed_linear
+from octavo_kernels import rotary, sample
 
 FLOATS = {"eps", "scale", "soft_cap", "value_scale", "key_inverse_scale", "value_inverse_scale"}
 TYPES = {
@@ -95,8 +96,12 @@ print(json.dumps({
     "fp8_few": compile(fp8_linear._few_tokens_fp8, fp8.num_warps, dict(
         FP8, BLOCK_M=16, BLOCK_N=fp8.block_n, BLOCK_K=fp8.block_k, NUM_SPLITS=fp8.num_splits, STAGES=fp8.num_stages),
         weight_ptr="*fp8e4nv", scale_ptr="*fp32"),
-    "quantize_tokens": compile(fp8_linear._quantize_tokens, 8, dict(K=4096, BLOCK=4096, PDL=True),
+    "quantize_tokens": compile(fp8_linear._quantize_tokens, 8, dict(K=4096, BLOCK=4096, REORDERED=True, PDL=True),
         out_ptr="*fp8e4nv", scale_ptr="*fp32"),
+    "dequantize_int4": compile(hopper_linear._dequantize_int4, 4, dict(K=4096, GROUP=128, OFFSET=128),
+        words_ptr="*i32", params_ptr="*i32"),
+    "dequantize_fp8": compile(hopper_linear._dequantize_fp8, 4, dict(
+        K=4096, ROW_BLOCK=128, COLUMN_BLOCK=128, BLOCK=1024), values_ptr="*fp8e4nv", scales_ptr="*fp32"),
     "sample": compile(sample._sample, 8, dict(TOP_K=True, TOP_P=True, MIN_P=True, BLOCK=4096, PDL=True),
         out_ptr="*i64", weights_ptr="*fp32", logits_ptr="*fp32", greedy_ptr="*i64", temperature_ptr="*fp32",
         uniform_ptr="*fp32", top_k_ptr="*i64", top_p_ptr="*fp32", min_p_ptr="*fp32"),
@@ -135,4 +140,6 @@ def test_caches_and_weights_are_read_asynchronously(reports: dict[str, dict[str,
 
 
 def test_every_kernel_waits_for_its_predecessor(reports: dict[str, dict[str, int]]) -> None:
-    assert all(report["waits"] > 0 for report in reports.values()), reports
+    # those that write weights out are launched plainly: the device waits for them
+    waits = {name: report["waits"] for name, report in reports.items() if not name.startswith("dequantize")}
+    assert all(waits.values()), waits

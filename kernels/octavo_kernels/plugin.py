@@ -11,7 +11,10 @@ REQUIRES = ("triton",)
 
 @hookimpl
 def octavo_attention_backends() -> list[Provider]:
-    return [Provider("triton", "octavo_kernels.backend:TritonAttention", priority=50, requires=REQUIRES)]
+    return [
+        Provider("triton", "octavo_kernels.backend:TritonAttention", priority=50, requires=REQUIRES),
+        Provider("triton-balanced", "octavo_kernels.backend:BalancedTritonAttention", priority=40, requires=REQUIRES),
+    ]
 
 
 @hookimpl

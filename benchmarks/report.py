@@ -81,7 +81,45 @@ def gpu(result: Result) -> Iterator[str]:
     )
 
 
-KINDS: Mapping[str, Callable[[Result], Iterator[str]]] = {"cpu": cpu, "gpu": gpu, "kernels": kernels}
+def prefix(result: Result) -> Iterator[str]:
+    """benchmarks/prefix.py: requests that begin alike, at once; and throughput by how much prompts share."""
+    figures, sizes = result["result"], result["result"]["sizes"]
+    yield (
+        f"**Prefix caching, the same shape**, {sizes['num_together']} requests at once that share "
+        f"{sizes['prefix_len']} tokens, seconds:"
+    )
+    yield ""
+    yield from table(
+        ["", *figures["together_seconds"]],
+        [
+            ["octavo", *(f"{seconds:.2f}" for seconds in figures["together_seconds"].values())],
+            ["vLLM 0.26", *VLLM_TOGETHER_SECONDS],
+        ],
+    )
+    yield ""
+    yield (
+        f"Output tokens a second of {sizes['num_shared']} prompts of {sizes['shared_prompt_len']} tokens, "
+        "by the share that all have in common:"
+    )
+    yield ""
+    yield from table(
+        ["share", "with the cache", "without", ""],
+        [
+            [f"{row['shared_percent']}%", f"{cached:,.0f}", f"{plain:,.0f}", f"{cached / plain:.2f}×"]
+            for row in figures["shared"]
+            for cached, plain in ((row["with_tokens_per_second"], row["without_tokens_per_second"]),)
+        ],
+    )
+
+
+VLLM_TOGETHER_SECONDS = ("0.48", "0.41", "6.77")
+
+KINDS: Mapping[str, Callable[[Result], Iterator[str]]] = {
+    "cpu": cpu,
+    "gpu": gpu,
+    "kernels": kernels,
+    "prefix": prefix,
+}
 """The first word of a file's name says which benchmark it comes from."""
 
 

@@ -25,6 +25,7 @@ from octavo_kernels import (
 FLOATS = {"eps", "scale", "soft_cap", "value_scale", "key_inverse_scale", "value_inverse_scale"}
 TYPES = {
     "partial_ptr": "*fp32", "statistics_ptr": "*fp32", "arrivals_ptr": "*i32", "block_tables_ptr": "*i32",
+    "item_rows_ptr": "*i32", "first_items_ptr": "*i32",
     "query_start_ptr": "*i32", "seq_lens_ptr": "*i32", "positions_ptr": "*i64", "slots_ptr": "*i64",
     "table_ptr": "*fp32", "values_ptr": "*fp32", "ids_ptr": "*i32", "zero_ptr": "*u8",
 }
@@ -57,11 +58,11 @@ def compile(kernel, num_warps, constants, make=ASTSource, registers=None, **type
         "waits": ptx.count("griddepcontrol.wait"),
     }
 
-def attend(rows, one_tile, split):
+def attend(rows, one_tile, split, items=False):
     tile = attention.tiling(rows, 128)
     return compile(attention._paged_attention, tile.num_warps, dict(
         NUM_KV_HEADS=8, GROUP=4, HEAD_DIM=128, BLOCK_D=128, BLOCK_SIZE=16, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n,
-        SPLIT=split, SPLIT_TILES=0, ONE_TILE=one_tile, WINDOW=0, SOFT_CAP=False, EIGHT_BIT=False,
+        SPLIT=split, ITEMS=items, SPLIT_TILES=0, ONE_TILE=one_tile, WINDOW=0, SOFT_CAP=False, EIGHT_BIT=False,
         STAGES=tile.num_stages, PDL=True))
 
 def packed(num_tokens):
@@ -78,6 +79,8 @@ FP8 = dict(K=4096, ROW_BLOCK=1, COLUMN_BLOCK=4096, BIAS=False, PDL=True)
 one = linear.one_token_tiling(4096)
 print(json.dumps({
     "decode": attend(4, True, True),
+    "decode, shared out": attend(4, True, True, items=True),
+    "share_out": compile(attention._share_out, 4, dict(BLOCK_N=64, BLOCK_ROWS=256, BLOCK_ITEMS=512, PDL=True)),
     "verification": attend(20, True, True),
     "prefill": attend(4096, False, False),
     "prefill_hopper": compile(hopper_attention._prefill_attention, 4, dict(

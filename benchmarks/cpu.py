@@ -2,6 +2,7 @@
 
     OMP_NUM_THREADS=1 python benchmarks/cpu.py                    # SmolLM2-135M's shape with random weights
     OMP_NUM_THREADS=1 python benchmarks/cpu.py --model FOLDER     # a checkpoint in Hugging Face's format
+    OMP_NUM_THREADS=1 python benchmarks/cpu.py --model FOLDER --quantized gptq=FOLDER fp8=FOLDER
     OMP_NUM_THREADS=1 python benchmarks/cpu.py --gguf FILE        # adds llama.cpp, where llama-cpp-python is installed
 
 llama.cpp runs the file in each of --gguf-types, into which llama.cpp itself converts it. For a fair comparison build it
@@ -265,6 +266,7 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, help="a checkpoint; default: SmolLM2-135M's shape with random weights")
     parser.add_argument("--gguf", type=Path, help="the same model for llama.cpp")
+    parser.add_argument("--quantized", nargs="+", default=[], metavar="NAME=FOLDER", help="served in bfloat16, too")
     parser.add_argument("--gguf-types", nargs="+", default=["BF16", "Q4_0"], help="in which types (default: BF16 Q4_0)")
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=DTYPES)
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 8, 32])
@@ -291,6 +293,9 @@ def main() -> None:
             makers[f"octavo {dtype}"] = functools.partial(Octavo, model, dtype, dummy)
             if not arguments.no_peers:
                 makers[f"transformers {dtype}"] = functools.partial(Transformers, model, dtype, dummy)
+        for named in arguments.quantized:
+            name, _, quantized = named.partition("=")
+            makers[f"octavo {name}"] = functools.partial(Octavo, Path(quantized), "bfloat16", False)
         if arguments.gguf is not None and importlib.util.find_spec("llama_cpp") is None:
             print("llama.cpp is left out: llama-cpp-python is not installed", file=sys.stderr)
         elif arguments.gguf is not None:
@@ -303,22 +308,28 @@ def main() -> None:
                 for what, speed in measure(engine, arguments, repeat).items():
                     best[name][what] = max(speed, best[name].get(what, 0.0))
                 print(f"{repeat + 1}/{arguments.repeats} {name}", file=sys.stderr)
+            if arguments.output is not None:
+                save(arguments, best, repeat + 1)
     report(best)
-    if arguments.output is not None:
-        result = {
-            "date": time.strftime("%Y-%m-%d"),
-            "commit": commit(),
-            "hardware": hardware(),
-            "versions": versions(),
-            "model": str(arguments.model.name) if arguments.model else "SmolLM2-135M's shape, random weights",
-            "settings": {
-                key: getattr(arguments, key) for key in ("prompt_len", "output_len", "prefill_len", "repeats")
-            },
-            "unit": "tokens per CPU second, one thread",
-            "results": best,
-        }
-        arguments.output.parent.mkdir(parents=True, exist_ok=True)
-        arguments.output.write_text(json.dumps(result, indent=2) + "\n")
+
+
+def save(arguments: argparse.Namespace, best: dict[str, dict[str, float]], num_repeats: int) -> None:
+    """What has been measured so far: a long run that is cut off leaves its repeats behind."""
+    result = {
+        "date": time.strftime("%Y-%m-%d"),
+        "commit": commit(),
+        "hardware": hardware(),
+        "versions": versions(),
+        "model": str(arguments.model.name) if arguments.model else "SmolLM2-135M's shape, random weights",
+        "settings": {
+            **{key: getattr(arguments, key) for key in ("prompt_len", "output_len", "prefill_len")},
+            "repeats": num_repeats,
+        },
+        "unit": "tokens per CPU second, one thread",
+        "results": best,
+    }
+    arguments.output.parent.mkdir(parents=True, exist_ok=True)
+    arguments.output.write_text(json.dumps(result, indent=2) + "\n")
 
 
 def report(best: dict[str, dict[str, float]]) -> None:

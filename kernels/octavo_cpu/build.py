@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 HERE = Path(__file__).parent
-SOURCES = ("attention.c", "linear.c", "pointwise.c", "pool.c")
+SOURCES = ("attention.c", "linear.c", "pointwise.c", "pool.c", "quantized.c")
 FLAGS = ("-std=gnu11", "-O3", "-fPIC", "-shared", "-pthread", "-Wno-psabi")
 ERROR_FILE = HERE / "build_error.txt"
 

@@ -52,6 +52,9 @@ def open_library(path: Path) -> ctypes.CDLL:
         "linear_padded": (size, (size,)),
         "linear_pack": (None, (pointer, pointer, size, size, c_int32)),
         "linear": (None, (pointer, pointer, pointer, size, c_int32)),
+        "quantized_bytes": (size, (size, size, c_int32)),
+        "quantized_pack": (None, (pointer, pointer, size, size, c_int32, c_int32)),
+        "quantized": (None, (pointer, pointer, pointer, pointer, size, c_int32)),
         "attention": (None, (pointer, pointer, pointer, size, pointer, pointer, size, pointer, pointer)),
     }
     for name, (result, arguments) in signatures.items():

@@ -6,12 +6,8 @@
  * them. Every sum runs over the inputs in the same order, so a row's result does not depend on its neighbours.
  */
 #include "pool.h"
-#include "vectors.h"
+#include "tile.h"
 
-#define PANEL 6
-#define TILE_VECTORS (LANES == 8 ? 2 : 4) /* PANEL * TILE_VECTORS sums fit into the registers */
-#define TILE (TILE_VECTORS * LANES)
-#define SMALL (1 << 19) /* weights times panels of rows: below, waking a thread takes longer than it helps */
 /* As in Python: octavo_cpu.linear.PackedLinear. */
 typedef struct {
     const void *weights;
@@ -37,7 +33,7 @@ int32_t linear_supports(int32_t dtype) {
 }
 
 /* Outputs are padded to whole tiles with zeros. */
-int64_t linear_padded(int64_t out_features) { return (out_features + TILE - 1) / TILE * TILE; }
+int64_t linear_padded(int64_t out_features) { return padded_to_tiles(out_features); }
 
 /* weight [out_features, in_features] -> packed, `linear_padded(out_features) * in_features` elements. */
 void linear_pack(void *packed, const void *weight, int64_t out_features, int64_t in_features, int32_t dtype) {
@@ -53,38 +49,6 @@ void linear_pack(void *packed, const void *weight, int64_t out_features, int64_t
                 else
                     ((uint16_t *)packed)[to] = inside ? ((const uint16_t *)weight)[from] : 0;
             }
-}
-
-/* sums[row][vector] += rows x [num_rows, in_features] times a tile of weights [in_features, TILE]. */
-INLINE void multiply(vec sums[PANEL][TILE_VECTORS], const char *x, int64_t row_bytes, const char *weights,
-                     int64_t in_features, int num_rows, dtype_t dtype) {
-    if (dtype == FLOAT32) {
-        for (int64_t input = 0; input < in_features; input++) {
-            vec weight[TILE_VECTORS];
-            for (int v = 0; v < TILE_VECTORS; v++)
-                weight[v] = load_float((const float *)weights + input * TILE + v * LANES);
-            for (int row = 0; row < num_rows; row++) {
-                const float value = ((const float *)(x + row * row_bytes))[input];
-                for (int v = 0; v < TILE_VECTORS; v++) sums[row][v] += value * weight[v];
-            }
-        }
-    }
-#if defined(__AVX512BF16__)
-    if (dtype == BFLOAT16) {
-        for (int64_t pair = 0; pair < in_features / 2; pair++) {
-            __m512bh weight[TILE_VECTORS];
-            for (int v = 0; v < TILE_VECTORS; v++)
-                weight[v] = (__m512bh)_mm512_loadu_si512(weights + (pair * TILE + v * LANES) * 4);
-            for (int row = 0; row < num_rows; row++) {
-                int32_t two;
-                memcpy(&two, x + row * row_bytes + pair * 4, 4);
-                const __m512bh values = (__m512bh)_mm512_set1_epi32(two);
-                for (int v = 0; v < TILE_VECTORS; v++)
-                    sums[row][v] = (vec)_mm512_dpbf16_ps((__m512)sums[row][v], weight[v], values);
-            }
-        }
-    }
-#endif
 }
 
 INLINE void multiply_panel(const linear_t *layer, const char *x, char *y, int64_t tile, int num_rows,

@@ -20,4 +20,6 @@ def octavo_kernels() -> list[KernelProvider]:
         KernelProvider("cpu", "octavo_cpu.pointwise:SiluAndMul", priority=10, operation="silu_and_mul"),
         KernelProvider("cpu", "octavo_cpu.linear:PackedLinear", priority=20, operation="linear"),
         KernelProvider("onednn", "octavo_cpu.linear:OneDNNLinear", priority=10, operation="linear"),
+        KernelProvider("cpu", "octavo_cpu.quantized:PackedIntegers", priority=20, operation="linear_packed"),
+        KernelProvider("cpu", "octavo_cpu.quantized:Float8", priority=20, operation="linear_fp8"),
     ]

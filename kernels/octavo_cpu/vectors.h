@@ -69,6 +69,14 @@ INLINE vec load(const void *from, int64_t index, dtype_t dtype) {
     return from_bfloat16(half);
 }
 
+INLINE float load_one(const void *from, int64_t index, dtype_t dtype) {
+    if (dtype == FLOAT32) return ((const float *)from)[index];
+    const uint32_t bits = (uint32_t)((const uint16_t *)from)[index] << 16;
+    float x;
+    memcpy(&x, &bits, sizeof x);
+    return x;
+}
+
 INLINE void store(void *to, int64_t index, vec x, dtype_t dtype) {
     if (dtype == FLOAT32) {
         store_float((float *)to + index, x);

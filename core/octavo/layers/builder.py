@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from octavo.errors import CheckpointError
 from octavo.interfaces import AttentionSpec, LayerLoader, LinearMethod, LinearPart, LinearSpec, Quantization
 from octavo.layers.attention import Attention
 from octavo.layers.embedding import Embedding
@@ -166,14 +167,32 @@ class Builder:
             scale=head_dim**-0.5 if scale is None else scale,
             window=window,
             soft_cap=soft_cap,
-            key_scale=self._scalar(f"{name}.k_scale"),
-            value_scale=self._scalar(f"{name}.v_scale"),
+            key_scale=self._cache_scale(name, "k"),
+            value_scale=self._cache_scale(name, "v"),
         )
         self.attention_specs.append(spec)
         return Attention(spec, rotary, query_norm, key_norm)
 
-    def _scalar(self, name: str) -> float:
-        return float(self.load.tensor(name, (), dtype=torch.float32)) if self.load.has(name) else 1.0
+    def _cache_scale(self, name: str, which: str) -> float:
+        """The scale of an 8-bit cache's keys (``k``) or values (``v``); 1 where the checkpoint has none.
+
+        compressed-tensors and fp8 checkpoints call it ``k_scale``; ModelOpt hangs it on the projection; early
+        compressed-tensors files have the scale of the projection's output, and early fp8 ones one scale for both.
+
+        Raises:
+            CheckpointError: it is no positive number.
+        """
+        candidates = (f"{which}_scale", f"{which}_proj.{which}_scale", f"{which}_proj.output_scale", "kv_scale")
+        found = next((f"{name}.{each}" for each in candidates if self.load.has(f"{name}.{each}")), None)
+        if found is None:
+            return 1.0
+        scale = float(self.load.tensor(found, (), dtype=torch.float32))
+        if not 0 < scale < float("inf"):
+            raise CheckpointError(
+                f"tensor '{found}' is {scale}, but the scale of an 8-bit cache is a positive number; quantize the "
+                f"model again, or remove the tensor"
+            )
+        return scale
 
     def tensor(self, name: str, shape: tuple[int, ...], dtype: torch.dtype | None = None) -> Tensor:
         """Any other tensor of the checkpoint, whole, in the activations' dtype unless another is named."""

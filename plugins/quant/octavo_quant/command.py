@@ -142,6 +142,7 @@ def quantize_calibrated(source: Path, out: Path, method: str, group_size: int, c
     from llmcompressor import oneshot
     from llmcompressor.modifiers.awq import AWQModifier
     from llmcompressor.modifiers.quantization import GPTQModifier
+    from llmcompressor.pipelines.cache import IntermediatesCache
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(source)
@@ -160,6 +161,9 @@ def quantize_calibrated(source: Path, out: Path, method: str, group_size: int, c
         ignore=["lm_head"], config_groups={"group_0": {"targets": ["Linear"], "weights": weights}}
     )
     model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.bfloat16)
+    if not torch.accelerator.is_available():
+        # llm-compressor 0.14 pins memory for copies to a device, which torch refuses where there is none
+        IntermediatesCache.pin_memory = lambda *_, **__: None
     oneshot(model=model, dataset=samples, recipe=[modifier], num_calibration_samples=len(samples))
     model.save_pretrained(out, save_compressed=True)
     tokenizer.save_pretrained(out)

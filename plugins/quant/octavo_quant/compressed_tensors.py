@@ -22,7 +22,7 @@ from octavo.hooks import KernelProvider, Provider
 from octavo.interfaces import LayerLoader, LinearMethod, LinearPart, LinearSpec, WeightSource
 from octavo_quant.fp8_weight import FP8, Activation, Fp8Weight, read_fp8
 from octavo_quant.packed import PackedWeight, unpack_bits, word_slice
-from octavo_quant.parts import PartTensors, checked_group_size, checked_groups, load_parts, multiple, one_of
+from octavo_quant.parts import PartTensors, checked_group_size, checked_groups, load_parts, one_of
 from octavo_quant.providers import FP8_KERNELS, PACKED_KERNELS
 
 plugin = PluginInfo(api=(1, 1), summary="compressed-tensors checkpoints")
@@ -69,7 +69,7 @@ class Scheme:
         weights, inputs = group.get("weights") or {}, group.get("input_activations") or {}
         is_float = one_of(f"{where}.weights.type", weights.get("type"), ("int", "float"), METHOD) == "float"
         bits = one_of(f"{where}.weights.num_bits", weights.get("num_bits"), (8,) if is_float else (4, 8), METHOD)
-        supported = ("float-quantized",) if is_float else ("pack-quantized",)
+        supported = ("float-quantized", "naive-quantized") if is_float else ("pack-quantized",)
         one_of(f"{where}.format", group.get("format") or default_format, supported, METHOD)
         strategies = ("tensor", "channel", "block") if is_float else ("channel", "group")
         strategy = one_of(f"{where}.weights.strategy", weights.get("strategy"), strategies, METHOD)
@@ -189,8 +189,7 @@ class CompressedTensors:
     def _zeros(self, tensors: PartTensors, part: LinearPart, bits: int, num_groups: int) -> Tensor:
         """The zero points of this rank's outputs, uint8 [num_groups, num_rows]."""
         per_word = 32 // bits
-        multiple(part.out_features, per_word, "the number of outputs", part, METHOD)
-        num_words = part.out_features // per_word
+        num_words = -(-part.out_features // per_word)  # the last one may be filled up
         words, rows = word_slice(part.rows, bits, num_words)
         packed = tensors.read(
             "weight_zero_point", (num_words, num_groups), (words,), beside="weight_packed", dtype=torch.int32

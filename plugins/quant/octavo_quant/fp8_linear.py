@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from octavo_quant.fp8_weight import Fp8Need, Fp8Weight, round_activations
+from octavo_quant.fp8_weight import Fp8Need, Fp8Weight
 
 
 class ReferenceFp8:
@@ -21,8 +21,7 @@ class ReferenceFp8:
         return []
 
     def apply(self, x: Tensor) -> Tensor:
-        rounded = round_activations(x, self._weight)
-        y = F.linear(rounded, self._weight.dequantize(torch.float32)).to(x.dtype)
+        y = F.linear(self._weight.rounding(x), self._weight.dequantize(torch.float32)).to(x.dtype)
         return y if self._bias is None else y + self._bias
 
     def num_bytes(self) -> int:

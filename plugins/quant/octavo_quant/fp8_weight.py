@@ -37,6 +37,39 @@ class Fp8Need:
 
 
 @dataclass(frozen=True, slots=True)
+class Rounding:
+    """How inputs lose precision on their way into an FP8 product.
+
+    Attributes:
+        activation: the rule.
+        group_size: features that share a scale, for the rule ``group``.
+        scale: float32 scalar, for the rule ``tensor``.
+    """
+
+    activation: Activation
+    group_size: int
+    scale: Tensor | None
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """x [num_tokens, in_features] rounded to FP8 and scaled back: float32, the same shape."""
+        x = x.float()
+        if self.activation == "none":
+            return x
+        num_in = x.shape[1]
+        if self.activation == "tensor":
+            assert self.scale is not None
+            scale = self.scale
+        elif self.activation == "token":
+            scale = x.abs().amax(dim=1, keepdim=True) / LARGEST
+        else:
+            size = self.group_size
+            padded = torch.nn.functional.pad(x.abs(), (0, -num_in % size)).unflatten(1, (-1, size))
+            scale = (padded.amax(dim=2) / LARGEST).repeat_interleave(size, dim=1)[:, :num_in]
+        scale = scale.clamp(min=torch.finfo(torch.float32).tiny)
+        return (x / scale).clamp(-LARGEST, LARGEST).to(FP8).float() * scale
+
+
+@dataclass(frozen=True, slots=True)
 class Fp8Weight:
     """``W[n, k] = values[n, k] * scales[n // row_block, k // column_block]``; the last blocks may be ragged.
 
@@ -69,6 +102,11 @@ class Fp8Weight:
     @property
     def in_features(self) -> int:
         return self.values.shape[1]
+
+    @property
+    def rounding(self) -> Rounding:
+        """What a product with this weight does to its input."""
+        return Rounding(self.activation, self.column_block, self.input_scale)
 
     def dequantize(self, dtype: torch.dtype) -> Tensor:
         """[out_features, in_features]."""
@@ -139,25 +177,6 @@ class Fp8Weight:
 
     def num_bytes(self) -> int:
         return self.values.nbytes + self.scales.nbytes + (0 if self.input_scale is None else self.input_scale.nbytes)
-
-
-def round_activations(x: Tensor, weight: Fp8Weight) -> Tensor:
-    """x [num_tokens, in_features] rounded to FP8 as ``weight`` says, and scaled back: float32, the same shape."""
-    x = x.float()
-    if weight.activation == "none":
-        return x
-    num_in = x.shape[1]
-    if weight.activation == "tensor":
-        assert weight.input_scale is not None
-        scale = weight.input_scale
-    elif weight.activation == "token":
-        scale = x.abs().amax(dim=1, keepdim=True) / LARGEST
-    else:
-        block = weight.column_block
-        padded = torch.nn.functional.pad(x.abs(), (0, -num_in % block)).reshape(len(x), -1, block)
-        scale = (padded.amax(dim=2) / LARGEST).repeat_interleave(block, dim=1)[:, :num_in]
-    scale = scale.clamp(min=torch.finfo(torch.float32).tiny)
-    return (x / scale).clamp(-LARGEST, LARGEST).to(FP8).float() * scale
 
 
 def read_fp8(

@@ -17,6 +17,9 @@ from octavo.operations import ActivationNeed, LinearNeed, NormNeed
 from octavo_cpu.attention import CPUAttention
 from octavo_cpu.linear import PackedLinear
 from octavo_cpu.pointwise import RMSNorm, SiluAndMul
+from octavo_cpu.quantized import PackedIntegers
+from octavo_quant.packed import PackedNeed, PackedWeight
+from octavo_quant.packed_linear import ReferencePacked
 
 CPU = torch.device("cpu")
 VARIANTS = [variant for variant in octavo_cpu.library.variants() if octavo_cpu.library.library_path(variant).exists()]
@@ -73,6 +76,20 @@ def test_linear(dtype: torch.dtype) -> None:
     x, weight, bias = (torch.randn(shape).to(dtype) / 8 for shape in ((15, 70), (101, 70), (101,)))
     expected = torch.nn.functional.linear(x.float(), weight.float(), bias.float())
     assert_near(PackedLinear(need, weight, bias).apply(x), expected)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_quantized(dtype: torch.dtype, bits: int) -> None:
+    values = torch.randint(0, 1 << bits, (101, 96), dtype=torch.uint8)
+    scales, zeros = torch.rand(3, 101) / 100, torch.randint(0, 1 << bits, (3, 101))
+    weight = PackedWeight.pack(values, scales, zeros, torch.arange(96) // 32, bits)
+    need = PackedNeed(CPU, dtype, 96, 101, bits, 32, False, False)
+    if reasons := PackedIntegers.missing(need):
+        assert dtype == torch.bfloat16, reasons
+        pytest.skip(reasons[0])
+    x = torch.randn(15, 96).to(dtype)
+    result, expected = PackedIntegers(need, weight, None).apply(x), ReferencePacked(need, weight, None).apply(x)
+    torch.testing.assert_close(result, expected, atol=1e-4 if dtype == torch.float32 else 0.1, rtol=TOLERANCE[dtype])
 
 
 def test_norm_and_activation(dtype: torch.dtype) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,14 +33,14 @@ BLOCK_SIZE = 16
 PLUGINS = (awq, gptq, fp8, compressed_tensors)
 
 
-def operations(insisted: Mapping[str, str] | None = None) -> Operations:
-    """The plain torch implementations, and this package's kernels."""
+def operations(insisted: Mapping[str, str] | None = None, more: Sequence[KernelProvider] = ()) -> Operations:
+    """The plain torch implementations, this package's kernels, and ``more``."""
     builtin = [
         KernelProvider("torch", TorchLinear, operation="linear"),
         KernelProvider("torch", TorchRMSNorm, operation="rms_norm"),
         KernelProvider("torch", TorchSiluAndMul, operation="silu_and_mul"),
     ]
-    kernels = [*PACKED_KERNELS, *FP8_KERNELS]
+    kernels = [*PACKED_KERNELS, *FP8_KERNELS, *more]
     return Operations(builtin, {f"{k.operation}/{k.name}": k for k in kernels}, insisted)
 
 
@@ -69,12 +69,14 @@ class LoadedModel:
         fused: bool = True,
         wanted: str | None = None,
         insisted: Mapping[str, str] | None = None,
+        device: str = "cpu",
+        kernels: Sequence[KernelProvider] = (),
     ) -> None:
         self.folder = HuggingFaceFolder(path)
         self.config = self.folder.config()
-        self.placement = Placement(torch.device("cpu"), dtype)
+        self.placement = Placement(torch.device(device), dtype)
         weights = self.folder.weights()
-        self.operations = operations(insisted)
+        self.operations = operations(insisted, kernels)
         self.loader = CheckpointLoader(weights, self.placement, self.operations)
         providers = {provider.name: provider for plugin in PLUGINS for provider in plugin.octavo_quantizations()}
         quantization = resolve_quantization(self.folder, wanted, providers, weights)
@@ -83,15 +85,16 @@ class LoadedModel:
         models = {provider.name: provider for provider in octavo_models()}
         self.model: Model = choose_model(self.config, models)(self.config, self.build)
 
-    def logits(self, tokens: list[int]) -> Tensor:
+    def logits(self, tokens: list[int], kv_dtype: torch.dtype | None = None) -> Tensor:
         """One sequence -> logits [num_tokens, vocab_size] float32 of every position."""
         spec = self.build.attention_specs[0]
         dtype = self.placement.dtype
+        kv_dtype = kv_dtype or dtype
         sizes = (BLOCK_SIZE, spec.head_dim, spec.num_heads, spec.num_kv_heads)
-        backend = TorchAttention(AttentionNeed(self.placement.device, dtype, dtype, *sizes))
+        backend = TorchAttention(AttentionNeed(self.placement.device, dtype, kv_dtype, *sizes))
         sequences = PagedSequences(block_size=BLOCK_SIZE)
         kv = [
-            torch.zeros(backend.kv_shape(each, sequences.num_blocks), dtype=dtype)
+            torch.zeros(backend.kv_shape(each, sequences.num_blocks), dtype=kv_dtype)
             for each in self.build.attention_specs
         ]
         batch = sequences.batch({0: tokens})

@@ -9,7 +9,7 @@ import pytest
 import torch
 import transformers
 from tests.plugins.quant.conftest import FIXTURES, LoadedModel, Tensors
-from tests.plugins.quant.packers import interleave, pack_bits
+from tests.plugins.quant.packers import awq_part, ct_part, gptq_part
 
 from octavo.errors import CheckpointError, ConfigError
 from octavo.interfaces import LinearPart, LinearSpec
@@ -30,49 +30,6 @@ def spec(*parts: LinearPart, num_in: int, columns: slice | None = None, bias: bo
 
 def part(name: str, num_out: int, rows: slice | None = None) -> LinearPart:
     return LinearPart(name, num_out, rows or slice(0, num_out))
-
-
-def integers(seed, num_in, num_out, groups, bits=4):
-    """values [in, out], scales and zeros [groups, out], and the matrix [out, in] that they stand for."""
-    generator = torch.Generator().manual_seed(seed)
-    num_groups = int(groups.max()) + 1
-    values = torch.randint(0, 1 << bits, (num_in, num_out), generator=generator)
-    scales = (torch.rand(num_groups, num_out, generator=generator) * 0.1).half()
-    zeros = torch.randint(1, 1 << bits, (num_groups, num_out), generator=generator)
-    return values, scales, zeros, ((values - zeros[groups]).float() * scales[groups].float()).T
-
-
-def awq_part(name, seed, num_in, num_out, group_size):
-    groups = torch.arange(num_in) // group_size
-    values, scales, zeros, matrix = integers(seed, num_in, num_out, groups)
-    stored = {"qweight": interleave(values), "qzeros": interleave(zeros), "scales": scales}
-    return {f"{name}.{key}": tensor for key, tensor in stored.items()}, matrix
-
-
-def gptq_part(name, seed, num_in, num_out, groups, bits=4, version=1, g_idx=True):
-    values, scales, zeros, matrix = integers(seed, num_in, num_out, groups, bits)
-    stored = {
-        "qweight": pack_bits(values.T, bits).T.contiguous(),
-        "qzeros": pack_bits(zeros - int(version == 1), bits),
-        "scales": scales,
-        "bias": torch.zeros(num_out, dtype=torch.float16),
-    }
-    if g_idx:
-        stored["g_idx"] = groups.int()
-    return {f"{name}.{key}": tensor for key, tensor in stored.items()}, matrix
-
-
-def ct_part(name, seed, num_in, num_out, groups, bits=4, g_idx=False):
-    values, scales, zeros, matrix = integers(seed, num_in, num_out, groups, bits)
-    stored = {
-        "weight_packed": pack_bits(values.T, bits),
-        "weight_scale": scales.T.contiguous(),
-        "weight_zero_point": pack_bits(zeros, bits).T.contiguous(),
-        "weight_shape": torch.tensor([num_out, num_in]),
-    }
-    if g_idx:
-        stored["weight_g_idx"] = groups.int()
-    return {f"{name}.{key}": tensor for key, tensor in stored.items()}, matrix
 
 
 def ct_settings(**weights):

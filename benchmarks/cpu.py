@@ -308,22 +308,28 @@ def main() -> None:
                 for what, speed in measure(engine, arguments, repeat).items():
                     best[name][what] = max(speed, best[name].get(what, 0.0))
                 print(f"{repeat + 1}/{arguments.repeats} {name}", file=sys.stderr)
+            if arguments.output is not None:
+                save(arguments, best, repeat + 1)
     report(best)
-    if arguments.output is not None:
-        result = {
-            "date": time.strftime("%Y-%m-%d"),
-            "commit": commit(),
-            "hardware": hardware(),
-            "versions": versions(),
-            "model": str(arguments.model.name) if arguments.model else "SmolLM2-135M's shape, random weights",
-            "settings": {
-                key: getattr(arguments, key) for key in ("prompt_len", "output_len", "prefill_len", "repeats")
-            },
-            "unit": "tokens per CPU second, one thread",
-            "results": best,
-        }
-        arguments.output.parent.mkdir(parents=True, exist_ok=True)
-        arguments.output.write_text(json.dumps(result, indent=2) + "\n")
+
+
+def save(arguments: argparse.Namespace, best: dict[str, dict[str, float]], num_repeats: int) -> None:
+    """What has been measured so far: a long run that is cut off leaves its repeats behind."""
+    result = {
+        "date": time.strftime("%Y-%m-%d"),
+        "commit": commit(),
+        "hardware": hardware(),
+        "versions": versions(),
+        "model": str(arguments.model.name) if arguments.model else "SmolLM2-135M's shape, random weights",
+        "settings": {
+            **{key: getattr(arguments, key) for key in ("prompt_len", "output_len", "prefill_len")},
+            "repeats": num_repeats,
+        },
+        "unit": "tokens per CPU second, one thread",
+        "results": best,
+    }
+    arguments.output.parent.mkdir(parents=True, exist_ok=True)
+    arguments.output.write_text(json.dumps(result, indent=2) + "\n")
 
 
 def report(best: dict[str, dict[str, float]]) -> None:

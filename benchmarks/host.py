@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import cProfile
+import gc
 import pstats
 import statistics
 import time
@@ -125,6 +126,8 @@ def run(num_rows: int, num_steps: int, watch: Callable[[str, Callable[[], Any]],
     for row in range(num_rows):
         # prompts of different lengths: rows fill their blocks in different steps
         engine.submit(Submit(str(row), [row % VOCAB_SIZE] * (32 + row % BLOCK_SIZE), params, seed=row))
+    gc.collect()
+    gc.freeze()  # as the engine's own process does
     warm = Parts(engine, lambda _, part: part())
     while engine.scheduler.waiting or any(r.is_prefilling for r in engine.scheduler.running.values()):
         warm.step()

@@ -27,7 +27,7 @@ def cpu(result: Result) -> Iterator[str]:
     """benchmarks/cpu.py: engine to column to speed; the best of each engine's dtypes, and Octavo's share of it."""
     rows: dict[str, dict[str, float]] = {}
     for name, speeds in result["results"].items():
-        engine = rows.setdefault(name.partition(" ")[0], {})
+        engine = rows.setdefault(name.removesuffix(" float32").removesuffix(" bfloat16"), {})
         for column, speed in speeds.items():
             engine[column] = max(speed, engine.get(column, 0.0))
     columns = list(rows["octavo"])
@@ -42,6 +42,31 @@ def cpu(result: Result) -> Iterator[str]:
                 for engine, speeds in rows.items()
                 if engine != "octavo"
             ),
+        ],
+    )
+
+
+def server_path(result: Result) -> Iterator[str]:
+    """benchmarks/server_path.py: what the server's processes spend beside the engine driven alone."""
+    settings, results = result["settings"], result["results"]
+    shape = f"{settings['streams']} streams of {settings['prompt_len']} + {settings['output_len']} tokens"
+    yield f"**The server, {result['model']} in {settings['dtype']}, {result['hardware']['cpu']}**, {shape}:"
+    yield ""
+    alone = results["engine alone, CPU seconds"]
+    yield from table(
+        ["", "CPU seconds", "of the engine alone"],
+        [
+            ["the engine driven alone", f"{alone:.2f}", ""],
+            [
+                "the engine's process, with the server",
+                f"{results['engine with the server, CPU seconds']:.2f}",
+                f"{results['engine with the server / alone']:.0%}",
+            ],
+            [
+                "the API's process",
+                f"{results['API process, CPU seconds']:.2f}",
+                f"{results['API process / engine alone']:.0%}",
+            ],
         ],
     )
 
@@ -81,7 +106,47 @@ def gpu(result: Result) -> Iterator[str]:
     )
 
 
-KINDS: Mapping[str, Callable[[Result], Iterator[str]]] = {"cpu": cpu, "gpu": gpu, "kernels": kernels}
+def prefix(result: Result) -> Iterator[str]:
+    """benchmarks/prefix.py: requests that begin alike, at once; and throughput by how much prompts share."""
+    figures, sizes = result["result"], result["result"]["sizes"]
+    yield (
+        f"**Prefix caching, the same shape**, {sizes['num_together']} requests at once that share "
+        f"{sizes['prefix_len']} tokens, seconds:"
+    )
+    yield ""
+    yield from table(
+        ["", *figures["together_seconds"]],
+        [
+            ["octavo", *(f"{seconds:.2f}" for seconds in figures["together_seconds"].values())],
+            ["vLLM 0.26", *VLLM_TOGETHER_SECONDS],
+        ],
+    )
+    yield ""
+    yield (
+        f"Output tokens a second of {sizes['num_shared']} prompts of {sizes['shared_prompt_len']} tokens, "
+        "by the share that all have in common:"
+    )
+    yield ""
+    yield from table(
+        ["share", "with the cache", "without", ""],
+        [
+            [f"{row['shared_percent']}%", f"{cached:,.0f}", f"{plain:,.0f}", f"{cached / plain:.2f}×"]
+            for row in figures["shared"]
+            for cached, plain in ((row["with_tokens_per_second"], row["without_tokens_per_second"]),)
+        ],
+    )
+
+
+VLLM_TOGETHER_SECONDS = ("0.48", "0.41", "6.77")
+
+KINDS: Mapping[str, Callable[[Result], Iterator[str]]] = {
+    "cpu": cpu,
+    "cpu_llamacpp": cpu,
+    "gpu": gpu,
+    "kernels": kernels,
+    "prefix": prefix,
+    "server_path": server_path,
+}
 """The first word of a file's name says which benchmark it comes from."""
 
 

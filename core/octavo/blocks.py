@@ -89,9 +89,9 @@ class BlockManager:
             self._references[block] -= 1
             if self._references[block] == 0:
                 self._free[block] = None
-        for block in self._promised.intersection(table):
-            self._promised.remove(block)
-            self.prefix_cache.forget(block)
+            if block in self._promised:
+                self._promised.remove(block)
+                self.prefix_cache.forget(block)
         table.clear()
 
     def promise(

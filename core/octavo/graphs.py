@@ -109,9 +109,9 @@ class StepShapes:
         sizes = [1, 2, 4, *range(8, 64, 8), *range(64, 256, 16), *range(256, max_num_seqs, 64)]
         self._rows = [*(size for size in sizes if size < max_num_seqs), max_num_seqs]
         decodes = [*(size for size in (16, 64, 128, 192) if size < max_num_seqs), min(max_num_seqs, 256)]
-        # many decodes beside a few prompts: what an engine under load does in most steps
+        # A few prompts, alone or beside decodes: all that is not so large that the host is faster than the device.
         prompts = (64, 128, 192, 256, 384, 512)
-        self._mixed = [StepShape(rows, 4, tokens, tokens) for tokens in prompts for rows in decodes]
+        self._mixed = [StepShape(rows, 4, tokens, tokens) for tokens in prompts for rows in (0, *decodes)]
         self._mixed.sort(key=lambda shape: shape.num_tokens)
 
     def usual(self) -> Iterator[StepShape]:
@@ -135,8 +135,6 @@ class StepShapes:
             if len(rows.sampled) < num_rows or num_rows > self._rows[-1]:
                 return None
             return StepShape(self._rows[bisect.bisect_left(self._rows, num_rows)], choice=choice)
-        if not num_decodes:
-            return None  # prompts alone are large, and the host is faster than the device
         for shape in self._mixed:
             if (
                 shape.num_decodes >= num_decodes
@@ -186,9 +184,15 @@ class StepGraphs:
         return self._captured.keys()
 
     def find(self, rows: RowArrays, choice: Choice) -> StepShape | None:
-        """The shape to replay for a step, captured now if it is not yet; None: it has to run without a graph."""
-        shape = self._shapes.find(rows, choice)
-        return None if shape is None or self._get(shape) is None else shape
+        """The shape to replay for a step, captured now if it is not yet; None: it has to run without a graph.
+
+        It ends with logits where the choice itself cannot be captured.
+        """
+        for end in (choice, Choice.LOGITS):
+            shape = self._shapes.find(rows, end)
+            if shape is not None and self._get(shape) is not None:
+                return shape
+        return None
 
     def replay(self, shape: StepShape, rows: RowArrays, draws: Draws | None) -> tuple[Tensor, np.ndarray]:
         """Start the captured step; does not wait for the device.

@@ -202,7 +202,7 @@ class Runner:
         drawn = shape.choice in (Choice.DRAWN, Choice.FILTERED)
         draws = self._sampling.draws(rows.slots[rows.sampled], rows.sampled_positions) if drawn else None
         output, where = graphs.replay(shape, rows, draws)
-        if shape.num_decodes in (0, shape.num_rows):  # the padding follows
+        if not len(where) or where[-1] == len(where) - 1:  # the padding follows
             output = output[: len(where)]
         else:
             output = output[_to_device(where, self.placement.device)]

@@ -96,12 +96,48 @@ def _attend_range(
     return accumulator, maximum, total
 
 
+@triton.jit(do_not_specialize=["num_rows", "num_items", "num_extra"])
+def _share_out(
+    item_rows_ptr,
+    first_items_ptr,
+    seq_lens_ptr,
+    num_rows,
+    num_items,
+    num_extra,
+    BLOCK_N: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_ITEMS: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """One program. Rows get as many items (splits) as their contexts ask for: one each, and up to ``num_extra`` more
+    that go to the longest. Writes each item's row (-1: nobody's) and each row's first item, with one more at the end.
+    """
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
+    row = tl.arange(0, BLOCK_ROWS)
+    tiles = tl.cdiv(tl.load(seq_lens_ptr + row, mask=row < num_rows, other=0), BLOCK_N)
+    longest = tl.maximum(tl.cdiv(tl.sum(tiles), num_extra), 1)  # so that tiles // longest adds up to num_extra at most
+    count = tl.where(row < num_rows, tl.maximum(tl.cdiv(tiles, longest), 1), 0)
+    end = tl.cumsum(count, 0)
+    first = end - count
+    tl.store(first_items_ptr + row, first, mask=row < num_rows)
+    total = tl.sum(count)
+    tl.store(first_items_ptr + num_rows, total)
+    for step in range(tl.max(count)):
+        tl.store(item_rows_ptr + first + step, row, mask=step < count)
+    item = tl.arange(0, BLOCK_ITEMS)
+    tl.store(item_rows_ptr + item, tl.full((BLOCK_ITEMS,), -1, tl.int32), mask=(item >= total) & (item < num_items))
+
+
 @triton.jit(do_not_specialize=["first_row", "num_rows", "num_splits", "block_tables_stride"])
 def _paged_attention(
     out_ptr,
     partial_ptr,
     statistics_ptr,
     arrivals_ptr,
+    item_rows_ptr,
+    first_items_ptr,
     query_ptr,
     kv_ptr,
     block_tables_ptr,
@@ -123,6 +159,7 @@ def _paged_attention(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     SPLIT: tl.constexpr,
+    ITEMS: tl.constexpr,
     SPLIT_TILES: tl.constexpr,
     ONE_TILE: tl.constexpr,
     WINDOW: tl.constexpr,
@@ -135,7 +172,8 @@ def _paged_attention(
 
     ONE_TILE: a sequence's queries fit one tile, and tile t is row first_row + t. Otherwise sequences have as many tiles
     as they need and a program finds its own by bisection; the grid is an upper bound. SPLIT_TILES fixes the length of a
-    split (in tiles of BLOCK_N tokens); 0 shares the context out evenly.
+    split (in tiles of BLOCK_N tokens); 0 shares the context out evenly. ITEMS: tiles have different numbers of splits,
+    and the second axis counts splits of all tiles, see _share_out.
     """
     tokens_per_tile: tl.constexpr = BLOCK_M // GROUP
     head = tl.program_id(0)
@@ -144,6 +182,15 @@ def _paged_attention(
     if PDL:
         gdc_launch_dependents()
         gdc_wait()
+
+    if ITEMS:
+        item = tile
+        tile = tl.load(item_rows_ptr + item)
+        if tile < 0:
+            return
+        first_item = tl.load(first_items_ptr + tile)
+        num_splits = tl.load(first_items_ptr + tile + 1) - first_item
+        split = item - first_item
 
     if ONE_TILE:
         row = first_row + tile
@@ -217,13 +264,22 @@ def _paged_attention(
         HEAD_DIM, BLOCK_D, BLOCK_N, BLOCK_SIZE, WINDOW, SOFT_CAP, EIGHT_BIT, True, STAGES,
     )  # fmt: skip
 
-    if SPLIT:
+    if ITEMS:
+        several = num_active > 1
+    else:
+        several: tl.constexpr = True
+    if SPLIT and several:
         unit = tile * NUM_KV_HEADS + head
-        first_partial = unit.to(tl.int64) * num_splits
-        partial = partial_ptr + (first_partial + split) * (BLOCK_M * BLOCK_D)
+        if ITEMS:
+            first_partial = (first_item * NUM_KV_HEADS + head).to(tl.int64)
+            PARTIAL_STEP: tl.constexpr = NUM_KV_HEADS
+        else:
+            first_partial = unit.to(tl.int64) * num_splits
+            PARTIAL_STEP: tl.constexpr = 1
+        partial = partial_ptr + (first_partial + split * PARTIAL_STEP) * (BLOCK_M * BLOCK_D)
         within = m[:, None] * BLOCK_D + d[None, :]
         tl.store(partial + within, accumulator, mask=out_mask)
-        statistics = statistics_ptr + (first_partial + split) * (2 * BLOCK_M)
+        statistics = statistics_ptr + (first_partial + split * PARTIAL_STEP) * (2 * BLOCK_M)
         tl.store(statistics + m, maximum)
         tl.store(statistics + BLOCK_M + m, total)
         tl.debug_barrier()  # all threads' stores before the one thread that announces them
@@ -237,11 +293,11 @@ def _paged_attention(
             for step in tl.static_range(4):  # four loads in flight
                 index = first + step
                 there = index < num_active
-                statistics = statistics_ptr + (first_partial + index) * (2 * BLOCK_M)
+                statistics = statistics_ptr + (first_partial + index * PARTIAL_STEP) * (2 * BLOCK_M)
                 part_maximum = tl.load(statistics + m, mask=there, other=float("-inf"), cache_modifier=".cg")
                 part_total = tl.load(statistics + BLOCK_M + m, mask=there, other=0.0, cache_modifier=".cg")
                 part = tl.load(
-                    partial_ptr + (first_partial + index) * (BLOCK_M * BLOCK_D) + within,
+                    partial_ptr + (first_partial + index * PARTIAL_STEP) * (BLOCK_M * BLOCK_D) + within,
                     mask=out_mask & there,
                     other=0.0,
                     cache_modifier=".cg",
@@ -281,8 +337,16 @@ def tiling(rows_per_tile: int, head_dim: int) -> Tiling:
 
 
 @dataclass(frozen=True, slots=True)
+class Items:
+    """The splits of all rows in order: each one's row, and each row's first one."""
+
+    rows: Tensor  # [num_items] int32, -1 for items that are nobody's
+    first: Tensor  # [num_rows + 1] int32
+
+
+@dataclass(frozen=True, slots=True)
 class Section:
-    """Rows of a batch that one launch serves."""
+    """Rows of a batch that one launch serves. With ``items`` rows have different numbers of splits."""
 
     first_row: int
     num_rows: int
@@ -291,9 +355,10 @@ class Section:
     split_tiles: int
     one_tile: bool
     tiling: Tiling
-    partial: Tensor | None  # [tile, key/value head, split, block_m, block_d] float32
-    statistics: Tensor | None  # [tile, key/value head, split, maximum or total, block_m] float32
+    partial: Tensor | None  # [tile, key/value head, split (or item, key/value head), block_m, block_d] float32
+    statistics: Tensor | None  # [the same, maximum or total, block_m] float32
     arrivals: Tensor | None  # [tile, key/value head] int32, zero between launches
+    items: Items | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -319,16 +384,23 @@ def plan_sections(
     max_query_len: int,
     max_seq_len: int,
     batch_invariant: bool = False,
+    seq_lens: Tensor | None = None,
 ) -> list[Section]:
     """Cut a batch into launches from numbers that the host knows; the first ``num_decodes`` rows have one query each.
 
     Nothing depends on the lengths of single sequences, so a captured graph serves any of them up to ``max_seq_len``.
+    With ``seq_lens`` [num_rows] int32 on the device, splits are shared out there by the rows' lengths: a long context
+    beside short ones takes many programs, not one for all the time that the step takes.
     """
     figures = describe(device)
     if max_query_len * heads.group <= 64 and not batch_invariant:
+        if seq_lens is not None:
+            return [_shared_out(heads, figures, num_rows, max_query_len, seq_lens)]
         return [_section(heads, figures, device, 0, num_rows, num_tokens, max_query_len, max_seq_len, False)]
     sections = []
-    if num_decodes:
+    if num_decodes and seq_lens is not None and not batch_invariant:
+        sections.append(_shared_out(heads, figures, num_decodes, 1, seq_lens))
+    elif num_decodes:
         sections.append(_section(heads, figures, device, 0, num_decodes, num_decodes, 1, max_seq_len, batch_invariant))
     if num_rows > num_decodes:
         rest, tokens = num_rows - num_decodes, num_tokens - num_decodes
@@ -376,6 +448,47 @@ def _section(
     )
 
 
+def _shared_out(heads: Heads, figures: Device, num_rows: int, max_query_len: int, seq_lens: Tensor) -> Section:
+    """The leading rows, whose queries fit a tile each, with splits by their lengths."""
+    shape = tiling(max_query_len * heads.group, heads.head_dim)
+    device = seq_lens.device
+    programs = figures.num_processors * PROGRAMS_PER_PROCESSOR
+    num_extra = max(-(-programs // heads.num_kv_heads), num_rows // 4)
+    num_items = num_rows + num_extra
+    items = Items(
+        torch.empty(num_items, dtype=torch.int32, device=device),
+        torch.empty(num_rows + 1, dtype=torch.int32, device=device),
+    )
+    _share_out[(1,)](
+        items.rows,
+        items.first,
+        seq_lens,
+        num_rows,
+        num_items,
+        num_extra,
+        BLOCK_N=shape.block_n,
+        BLOCK_ROWS=max(32, power_of_two(num_rows)),
+        BLOCK_ITEMS=power_of_two(num_items),
+        PDL=figures.dependent_launch,
+        **figures.options,
+    )
+    block_d = power_of_two(heads.head_dim)
+    units = num_items * heads.num_kv_heads
+    return Section(
+        first_row=0,
+        num_rows=num_rows,
+        num_tiles=num_items,
+        num_splits=1,
+        split_tiles=0,
+        one_tile=True,
+        tiling=shape,
+        partial=torch.empty((units, shape.block_m, block_d), dtype=torch.float32, device=device),
+        statistics=torch.empty((units, 2, shape.block_m), dtype=torch.float32, device=device),
+        arrivals=torch.zeros(num_rows * heads.num_kv_heads, dtype=torch.int32, device=device),
+        items=items,
+    )
+
+
 def paged_attention(
     query: Tensor,
     kv: Tensor,
@@ -389,17 +502,20 @@ def paged_attention(
     soft_cap: float | None = None,
     key_scale: float = 1.0,
     value_scale: float = 1.0,
+    out: Tensor | None = None,
 ) -> Tensor:
     """Causal attention of each sequence's last tokens over its cached context.
 
     query [num_tokens, num_heads, head_dim] contiguous, kv [num_blocks, 2, num_kv_heads, block_size, head_dim], the
     block size a power of two; block_tables [num_rows, max_num_blocks], query_start [num_rows + 1] and seq_lens
     [num_rows] int32, the last counting this step's tokens -> [num_tokens, num_heads * head_dim]. With a ``window`` a
-    token sees itself and the window - 1 tokens before it; ``soft_cap`` bounds the scaled scores by tanh.
+    token sees itself and the window - 1 tokens before it; ``soft_cap`` bounds the scaled scores by tanh. ``out`` is
+    written and returned when it is given.
     """
     num_tokens, num_heads, head_dim = query.shape
     num_kv_heads, block_size = kv.shape[2], kv.shape[3]
-    out = torch.empty((num_tokens, num_heads * head_dim), dtype=query.dtype, device=query.device)
+    if out is None:
+        out = torch.empty((num_tokens, num_heads * head_dim), dtype=query.dtype, device=query.device)
     device = describe(query.device)
     for section in sections:
         shape = section.tiling
@@ -408,6 +524,8 @@ def paged_attention(
             out if section.partial is None else section.partial,
             out if section.statistics is None else section.statistics,
             out if section.arrivals is None else section.arrivals,
+            out if section.items is None else section.items.rows,
+            out if section.items is None else section.items.first,
             query,
             kv,
             block_tables,
@@ -428,7 +546,8 @@ def paged_attention(
             BLOCK_SIZE=block_size,
             BLOCK_M=shape.block_m,
             BLOCK_N=shape.block_n,
-            SPLIT=section.num_splits > 1,
+            SPLIT=section.partial is not None,
+            ITEMS=section.items is not None,
             SPLIT_TILES=section.split_tiles,
             ONE_TILE=section.one_tile,
             WINDOW=window or 0,

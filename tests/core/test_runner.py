@@ -132,7 +132,8 @@ def test_graph_steps_generate_what_eager_ones_do(make_engine: Callable[..., Engi
     assert not Rerun.replayed
     assert generate(make_engine(True), params) == eager
     assert sum(count for shape, count in Rerun.replayed.items() if shape.choice is choice) > 5
-    assert any(shape.num_longer for shape in Rerun.replayed), "no prompt was computed beside decodes"
+    assert any(shape.num_longer and shape.num_decodes for shape in Rerun.replayed), "no prompt beside decodes"
+    assert any(not shape.num_decodes for shape in Rerun.replayed), "no prompt alone"
 
 
 class Guesser:
@@ -221,22 +222,36 @@ def run_random_load(engine: Engine, random: Random) -> dict[tuple[str, int], lis
     return tokens
 
 
-def test_a_step_that_cannot_be_captured_runs_without_a_graph(
-    make_engine: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+@pytest.mark.parametrize("failing", [{Choice.DRAWN}, {Choice.DRAWN, Choice.LOGITS}], ids=["choice", "step"])
+def test_what_cannot_be_captured_runs_without_a_graph(
+    make_engine: Callable[..., Engine],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    failing: set[Choice],
 ) -> None:
-    expected = generate(make_engine(False), [DRAWN] * len(PROMPTS))
+    params = [DRAWN] * len(PROMPTS)
+    expected = generate(make_engine(False), params)
     capture = Rerun._capture
 
     def fail(self: Rerun, inputs: StepInputs, shape: StepShape) -> tuple[Callable[[], object], Tensor]:
-        if shape.choice is Choice.DRAWN:
+        if shape.choice in failing:
             raise RuntimeError("operation not permitted when stream is capturing")
         return capture(self, inputs, shape)
 
     monkeypatch.setattr(Rerun, "_capture", fail)
-    engine = make_engine(True)
-    assert generate(engine, [DRAWN] * len(PROMPTS)) == expected
-    assert not Rerun.replayed
-    assert sum("not permitted" in record.message for record in caplog.records) == 1
+    assert generate(make_engine(True), params) == expected
+    assert {shape.choice for shape in Rerun.replayed} == {Choice.LOGITS} - failing
+    warnings = [record.message for record in caplog.records if "not permitted" in record.message]
+    assert len(warnings) == len(failing)
+
+
+def test_prompts_in_chunks_are_the_same_in_graphs(make_engine: Callable[..., Engine]) -> None:
+    """Several prompts under way at once: some rows of a step decide a token and others do not."""
+    chunks = {"max_num_batched_tokens": 24, "max_num_partial_prefills": 3}
+    params = [GREEDY] * len(PROMPTS)
+    eager = generate(make_engine(False, **chunks), params)
+    assert generate(make_engine(True, **chunks), params) == eager
+    assert sum(shape.num_longer > 0 for shape in Rerun.replayed.elements()) > 3
 
 
 def test_only_what_a_step_leaves_to_others_gets_a_graph_with_logits(make_engine: Callable[..., Engine]) -> None:
@@ -293,7 +308,13 @@ def test_there_is_a_shape_for_a_few_prompts_beside_decodes() -> None:
     assert shape.choice is Choice.DRAWN
     assert shapes.find(arrays(*[1] * 100, 600), Choice.LIKELIEST) is None, "large steps need no graph"
     assert shapes.find(arrays(*[1] * 100, 2, 2, 2, 2, 2), Choice.LIKELIEST) is None
-    assert shapes.find(arrays(200), Choice.LIKELIEST) is None
+    assert shapes.find(arrays(*[1] * 257, 2), Choice.LIKELIEST) is None
+
+
+def test_there_is_a_shape_for_a_few_prompts_alone() -> None:
+    shape = StepShapes(256).find(arrays(200, 56), Choice.LIKELIEST)
+    assert shape is not None
+    assert (shape.num_decodes, shape.num_longer, shape.num_tokens) == (0, 4, 256)
 
 
 def test_drafts_get_as_many_tokens_a_row_as_the_longest_has() -> None:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 from typing import Any
 
+import hypothesis.strategies as st
 import pytest
+from hypothesis import given
 
 from octavo.outputs import Completion, CompletionDelta, Logprob, PositionLogprobs
 from octavo.request import FinishReason
@@ -149,3 +151,45 @@ def test_token_ids_of_a_chat_stand_beside_its_choices() -> None:
     assert (whole["prompt_token_ids"], whole["choices"][0]["token_ids"]) == ([1, 2], [3])
     opening, first = answer.chunks(0, 0, CompletionDelta(0, "", [3]))
     assert (opening["prompt_token_ids"], first["choices"][0]["token_ids"]) == ([1, 2], [3])
+
+
+@st.composite
+def streams(draw: st.DrawFn) -> list[tuple[int, CompletionDelta]]:
+    """Deltas of two samples, as they may come: texts of any kind, some empty, reasons at the end."""
+    arrived = []
+    for _ in range(draw(st.integers(1, 8))):
+        index = draw(st.integers(0, 1))
+        text = draw(st.text(max_size=4) | st.just('"\\u2028\n'))
+        logprobs = [position(5, text)] if draw(st.integers(0, 5)) == 0 else None
+        reason = FinishReason.LENGTH if draw(st.integers(0, 5)) == 0 else None
+        arrived.append((0, CompletionDelta(index, text, [5], logprobs, finish_reason=reason)))
+    return arrived
+
+
+def answer_to(body: ChatBody | CompletionBody) -> Answer:
+    if isinstance(body, ChatBody):
+        return ChatAnswer("tiny", "print", body, [1, 2])
+    return CompletionAnswer("tiny", "print", body, [[1, 2]], ["the prompt"] if body.echo else [])
+
+
+@given(
+    streams(),
+    st.builds(ChatBody, messages=st.just(USER), request_id=st.just("r"), return_token_ids=st.booleans())
+    | st.builds(
+        CompletionBody,
+        prompt=st.just("x"),
+        request_id=st.just("r"),
+        echo=st.booleans(),
+        return_token_ids=st.booleans(),
+        prompt_logprobs=st.none() | st.just(1),
+    ),
+    st.none() | st.builds(StreamOptions, include_usage=st.booleans(), continuous_usage_stats=st.booleans()),
+)
+def test_events_put_together_from_parts_are_those_written_whole(
+    arrived: list[tuple[int, CompletionDelta]], body: ChatBody | CompletionBody, options: StreamOptions | None
+) -> None:
+    fast, whole = (StreamWriter(answer_to(body), 2, options) for _ in range(2))
+    whole._answer.differs_in_text_alone = lambda delta: False  # type: ignore[method-assign]
+    for one in arrived:
+        assert events(fast, one) == events(whole, one)
+    assert fast.end() == whole.end()

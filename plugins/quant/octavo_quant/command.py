@@ -111,8 +111,8 @@ def quantize_fp8(checkpoint: HuggingFaceFolder, out: Path) -> None:
         kept = other.suffix in (".json", ".jinja", ".txt", ".model") and not other.name.endswith(".index.json")
         if kept and other.name != "config.json":
             shutil.copy2(other, out / other.name)
-    kept = {name.removesuffix(".weight") for name in weights.names()}
-    ignored = {"lm_head"} | {module for module in kept if module.rpartition(".")[2] in KEPT_LINEARS}
+    modules = {name.removesuffix(".weight") for name in weights.names()}
+    ignored = {"lm_head"} | {module for module in modules if module.rpartition(".")[2] in KEPT_LINEARS}
     config = {**checkpoint.config(), "quantization_config": {**FP8_SETTINGS, "ignore": sorted(ignored)}}
     (out / "config.json").write_text(json.dumps(config, indent=2))
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 
 import pytest
 import torch
 
+from octavo.interfaces import AttentionNeed
 from octavo_kernels.attention import Heads, paged_attention, paged_attention_reference, plan_sections
+from octavo_kernels.backend import BalancedTritonAttention, TritonAttention
 
 
 @dataclass(frozen=True)
@@ -23,6 +26,7 @@ class Case:
     soft_cap: float | None = None
     eight_bit: bool = False
     batch_invariant: bool = False
+    shared_out: bool = False
 
     def run(self, device: torch.device, dtype: torch.dtype = torch.float16) -> tuple[torch.Tensor, torch.Tensor]:
         """The kernel's output and the reference's."""
@@ -59,6 +63,7 @@ class Case:
             max_query_len=max(query_lens),
             max_seq_len=max(context_lens),
             batch_invariant=self.batch_invariant,
+            seq_lens=inputs[4] if self.shared_out else None,
         )
         out = paged_attention(*inputs, sections, **settings)
         assert all(section.arrivals is None or not section.arrivals.any() for section in sections)
@@ -91,6 +96,13 @@ VERIFICATION = [(5, 90), (5, 5), (3, 64)]
         Case(DECODES, eight_bit=True),
         Case(MIXED, eight_bit=True),
         Case([(1, 1500), *MIXED], batch_invariant=True),
+        Case(DECODES, shared_out=True),
+        Case([(1, 1500), *DECODES, (1, 0), (1, 700)], shared_out=True),
+        Case([(1, 1)], shared_out=True),
+        Case([(1, 900), *MIXED], shared_out=True),
+        Case(VERIFICATION, shared_out=True),
+        Case([(5, 1200), *VERIFICATION], num_heads=8, num_kv_heads=1, window=100, shared_out=True),
+        Case([(1, 1500), *DECODES], eight_bit=True, head_dim=80, shared_out=True),
     ],
     ids=str,
 )
@@ -106,6 +118,30 @@ def test_a_long_context_is_split_and_repeats_bit_by_bit(device: torch.device) ->
         results.append(Case([(1, 900), (1, 300)]).run(device)[0])
     assert torch.equal(results[0], results[1])
     assert torch.equal(results[0], results[2])
+
+
+@pytest.mark.parametrize("lengths", [[1], [0, 5000], [64] * 7, [8000, *[100] * 40], [3000, 1, 64, 65, 129, 2000]])
+def test_splits_go_to_the_longest_contexts(device: torch.device, lengths: list[int]) -> None:
+    seq_lens = torch.tensor(lengths, dtype=torch.int32, device=device)
+    (section,) = plan_sections(
+        Heads(4, 2, 32),
+        device,
+        num_rows=len(lengths),
+        num_tokens=len(lengths),
+        num_decodes=len(lengths),
+        max_query_len=1,
+        max_seq_len=max(lengths),
+        seq_lens=seq_lens,
+    )
+    assert section.items is not None
+    rows, first = section.items.rows.tolist(), section.items.first.tolist()
+    counts = [end - begin for begin, end in itertools.pairwise(first)]
+    used = [row for row, count in enumerate(counts) for _ in range(count)]
+    assert rows == used + [-1] * (len(rows) - len(used))
+    assert min(counts) >= 1
+    tiles = [-(-length // section.tiling.block_n) for length in lengths]
+    per_split = [-(-number // count) for number, count in zip(tiles, counts, strict=True)]
+    assert max(per_split) <= max(1, -(-sum(tiles) // (len(rows) - len(lengths)))), "somebody's splits are too long"
 
 
 def test_splits_are_planned_without_single_lengths() -> None:
@@ -140,3 +176,9 @@ def test_batch_invariant_rows_do_not_depend_on_their_neighbours(device: torch.de
         return paged_attention(query[:rows], kv, tables[:rows], starts, lens[:rows], sections, scale=0.2)
 
     assert torch.equal(run(1)[0], run(3)[0])
+
+
+def test_splits_by_length_are_refused_where_a_row_must_not_depend_on_others() -> None:
+    need = AttentionNeed(torch.device("cpu"), torch.float16, torch.float16, 16, 64, 4, 2, batch_invariant=True)
+    (more,) = set(BalancedTritonAttention.missing(need)) - set(TritonAttention.missing(need))
+    assert "depends on the others" in more

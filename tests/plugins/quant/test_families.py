@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 from tests.plugins.quant.conftest import LoadedModel
 from tests.plugins.quant.families import FAMILIES, KINDS, checkpoints
 
+from octavo.errors import CheckpointError
 from octavo.layers.linear import JoinedLinear, Linear
 from octavo_quant.fp8_weight import Rounding
 
@@ -35,3 +37,10 @@ def test_a_packed_model_says_what_its_matrices_say(
         made = {"self_attn.qkv_proj": layer.attention.qkv, "mlp.gate_up_proj": layer.mlp.gate_up}
         for fused, linear in made.items():
             assert num_products(linear) == family.num_products.get(f"model.layers.{index}.{fused}", 1)
+
+
+def test_settings_that_are_refused_are_named_with_their_folder(tmp_path: Path) -> None:
+    family = FAMILIES["gptq"]
+    quantized, _ = checkpoints(tmp_path, "llama", replace(family, settings={**family.settings, "bits": 5}))
+    with pytest.raises(CheckpointError, match=rf"^{quantized}: bits 5 of the gptq .* or quantize again"):
+        LoadedModel(quantized)

@@ -338,7 +338,7 @@ class Table:
         """Print and keep one row."""
         cells = [anchor.floor, anchor.vllm, anchor.must, anchor.aim]
         shown = "".join(f"{'' if cell is None else f'{cell:g}':>9}" for cell in cells)
-        good = value <= anchor.must if unit in ("ms", "s") else value >= anchor.must
+        good = value <= anchor.must if unit in ("ms", "s", "GiB") else value >= anchor.must
         print(f"{name:<28}{unit:>8}{shown}{value:>10.4g}{'' if good else '  <--'}", flush=True)
         self.rows.append({"name": name, "unit": unit, "octavo": value, "vllm": anchor.vllm, "must": anchor.must})
 
@@ -365,6 +365,7 @@ def main() -> None:
     parser.add_argument("--batches", type=int, nargs="+", default=list(DECODE), help="of decode and profile")
     parser.add_argument("--workloads", nargs="+", default=list(THROUGHPUT), help="of throughput")
     parser.add_argument("--enforce-eager", action="store_true", help="without CUDA graphs")
+    parser.add_argument("--attention-backend", metavar="NAME", help="default: the best that can serve")
     parser.add_argument("--requests", type=int, help="of throughput and steps; default: all")
     parser.add_argument("--minutes", type=float, default=8.0, help="of soak")
     parser.add_argument("--save", type=Path, metavar="FILE", help="write every figure as JSON")
@@ -381,7 +382,11 @@ def main() -> None:
         (model / "config.json").write_text(json.dumps(LLAMA_8B), encoding="utf-8")
         result = measure(model, parts, args)
     if args.save is not None:
-        arguments = {"parts": list(parts), "enforce_eager": args.enforce_eager}
+        arguments = {
+            "parts": list(parts),
+            "enforce_eager": args.enforce_eager,
+            "attention_backend": args.attention_backend,
+        }
         report.save(args.save, "benchmarks/gpu.py", arguments, result)
 
 
@@ -393,7 +398,7 @@ def measure(model: Path, parts: Sequence[str], args: argparse.Namespace) -> dict
         for name, seconds in startup(model).items():
             table.add(f"start-up, {name}", "s", STARTUP[name], seconds)
     if {"decode", "prefill", "throughput", "host", "mixed", "profile", "steps"} & set(parts):
-        octavo = Octavo(model, enforce_eager=args.enforce_eager)
+        octavo = Octavo(model, enforce_eager=args.enforce_eager, attention_backend=args.attention_backend)
         result["startup_seconds"] = octavo.engine.info.startup_seconds
         print("start-up", octavo.engine.info.startup_seconds)
         octavo.run([octavo.submit(prompt, 8) for prompt in octavo.prompts(8, 64, seed=0)])
@@ -401,7 +406,7 @@ def measure(model: Path, parts: Sequence[str], args: argparse.Namespace) -> dict
         del octavo
         torch.cuda.empty_cache()
     if "throughput-1024" in parts:
-        octavo = Octavo(model, max_num_seqs=1024)
+        octavo = Octavo(model, max_num_seqs=1024, attention_backend=args.attention_backend)
         requests = trace_requests(TRACE, None, vocab_size=octavo.vocab_size)
         table.add("trace, 1024 rows", "tok/s", THROUGHPUT["trace, 1024 rows"], throughput(octavo, requests))
         del octavo

@@ -1,27 +1,37 @@
-"""Products with quantized weights, and sampling, at the sizes of Llama-3.1-8B: time, floor, and cuBLAS in bfloat16.
+"""Quantized weights at the sizes of Llama-3.1-8B: products and sampling against the floor, and whole models.
 
-    python benchmarks/quantized.py [--output benchmarks/results/kernels-quant-NAME.json] [--commit HASH]
+    python benchmarks/quantized.py products [--output benchmarks/results/kernels-quant-NAME.json] [--commit HASH]
+    python benchmarks/quantized.py models [--formats awq gptq fp8] [--hopper] [--trace] [--save FILE]
 
-Measured as in ``benchmarks/kernels.py``, whose ceilings and timing this uses.
+Products are measured as in ``benchmarks/kernels.py``, models (with random weights) as in ``benchmarks/gpu.py``.
 """
 
 from __future__ import annotations
 
 import argparse
 import datetime
+import gc
 import json
-from dataclasses import asdict
+import logging
+import tempfile
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
+import gpu
 import torch
 import torch.nn.functional as F
 import triton
+from gpu import LLAMA_8B, TRACE, Anchor, Octavo, Table, decode, throughput
 from kernels import DTYPE, LINEARS, ROTATION_BYTES, VOCAB, Ceilings, Result, commit, relative_error, replay_time
 
+from octavo.bench import report
+from octavo.bench.datasets import trace_requests
 from octavo.operations import SampleNeed
 from octavo.sampling import SamplingTensors, TorchSample
 from octavo_kernels.fp8_linear import TritonFp8
+from octavo_kernels.hopper_linear import HopperFp8, HopperPacked
 from octavo_kernels.packed_linear import TritonPacked
 from octavo_kernels.sample import TritonSample
 from octavo_quant.fp8_linear import ReferenceFp8
@@ -34,7 +44,7 @@ DEVICE = torch.device("cuda")
 LAYER = [name for name in LINEARS if name != "lm_head"]
 
 
-def packed(num_in: int, num_out: int, copies: int) -> tuple[list[TritonPacked], ReferencePacked]:
+def packed(kernel: Any, num_in: int, num_out: int, copies: int) -> tuple[list[Any], ReferencePacked]:
     """Asymmetric 4 bits in groups of 128, as AWQ has them."""
     need = PackedNeed(DEVICE, DTYPE, num_in, num_out, 4, 128, False, False)
     weights = [
@@ -48,10 +58,12 @@ def packed(num_in: int, num_out: int, copies: int) -> tuple[list[TritonPacked], 
         )
         for _ in range(copies)
     ]
-    return [TritonPacked(need, weight, None) for weight in weights], ReferencePacked(need, weights[0], None)
+    return [kernel(need, weight, None) for weight in weights], ReferencePacked(need, weights[0], None)
 
 
-def fp8(num_in: int, num_out: int, copies: int, block: int | None = None) -> tuple[list[TritonFp8], ReferenceFp8]:
+def fp8(
+    kernel: Any, num_in: int, num_out: int, copies: int, block: int | None = None
+) -> tuple[list[Any], ReferenceFp8]:
     """A scale for each output and rounding by token, or blocks of 128 x 128."""
     weights = []
     for _ in range(copies):
@@ -62,10 +74,18 @@ def fp8(num_in: int, num_out: int, copies: int, block: int | None = None) -> tup
         weights.append(weight)
     first = weights[0]
     need = Fp8Need(DEVICE, DTYPE, num_in, num_out, first.activation, first.row_block, first.column_block)
-    return [TritonFp8(need, weight, None) for weight in weights], ReferenceFp8(need, first, None)
+    return [kernel(need, weight, None) for weight in weights], ReferenceFp8(need, first, None)
 
 
-FORMATS = {"4-bit g128": packed, "fp8": fp8, "fp8 blocks": partial(fp8, block=128)}
+FORMATS = {
+    "4-bit": partial(packed, TritonPacked),
+    "4-bit streamed": partial(packed, HopperPacked),
+    "fp8": partial(fp8, TritonFp8),
+    "fp8 streamed": partial(fp8, HopperFp8),
+    "fp8 blocks": partial(fp8, TritonFp8, block=128),
+    "fp8 blocks streamed": partial(fp8, HopperFp8, block=128),
+}
+HOPPER_KERNELS = {"linear_packed": "hopper-linear-packed", "linear_fp8": "hopper-linear-fp8"}
 
 
 def bench(ceilings: Ceilings, name: str, plain: dict[int, float], label: str) -> list[Result]:
@@ -74,7 +94,7 @@ def bench(ceilings: Ceilings, name: str, plain: dict[int, float], label: str) ->
     copies = max(2, round(ROTATION_BYTES / num_bytes))
     layers, reference = FORMATS[label](num_in, num_out, min(copies, 24))
     results = []
-    for num_tokens in (1, 8, 32) if label == "fp8 blocks" else NUM_TOKENS:
+    for num_tokens in NUM_TOKENS:
         x = torch.randn(num_tokens, num_in, device=DEVICE, dtype=DTYPE)
         floor = ceilings.floor(num_bytes, 2 * num_tokens * num_in * num_out)
         time = replay_time([partial(layer.apply, x) for layer in (layers * 12)[: 8 if num_tokens > 64 else 24]])
@@ -119,11 +139,89 @@ def bench_sample(ceilings: Ceilings, num_rows: int, filtered: bool) -> Result:
     return Result(label, str(num_rows), time, ceilings.floor(logits.nbytes), other, error)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path)
-    parser.add_argument("--commit", default=None, help="what to record where git is not at hand")
-    arguments = parser.parse_args()
+INT4_DECODE = {1: (1.07, 2.8, 2.0), 32: (2.1, 4.2, 3.2), 256: (9.5, 16.5, 14.5)}
+"""Milliseconds per step by batch: what the bytes need, what must be reached and what is aimed at."""
+
+
+@dataclass(frozen=True)
+class ModelFormat:
+    """A quantized model of the shape of Llama-3.1-8B: its settings, options and anchors."""
+
+    settings: dict[str, Any] | None
+    options: dict[str, Any]
+    decode: dict[int, Anchor]
+    trace: Anchor
+    weights: Anchor
+
+
+def _anchors(vllm: tuple[float, float, float], rows: dict[int, tuple[float, float, float]]) -> dict[int, Anchor]:
+    return {
+        batch: Anchor(floor, other, must, aim)
+        for other, (batch, (floor, must, aim)) in zip(vllm, rows.items(), strict=True)
+    }
+
+
+MODELS = {
+    "awq": ModelFormat(
+        {"quant_method": "awq", "bits": 4, "group_size": 128, "zero_point": True, "version": "gemm"},
+        {},
+        _anchors((3.96, 5.49, 18.45), INT4_DECODE),
+        Anchor(None, 10072, 11500, 14000),
+        Anchor(None, float("nan"), 5.5, None),
+    ),
+    "gptq": ModelFormat(
+        {"quant_method": "gptq", "bits": 4, "group_size": 128, "sym": True, "desc_act": False},
+        {},
+        _anchors((3.79, 5.34, 18.06), INT4_DECODE),
+        Anchor(None, 10329, 11500, 14000),
+        Anchor(None, float("nan"), 5.5, None),
+    ),
+    "fp8": ModelFormat(
+        None,
+        {"quantization": "fp8"},
+        _anchors((3.47, 5.33, 16.08), {1: (1.83, 2.9, 2.3), 32: (2.9, 4.5, 3.9), 256: (10.2, 14.0, 12.5)}),
+        Anchor(None, 13007, 15000, 18000),
+        Anchor(None, float("nan"), 8.6, None),
+    ),
+}
+
+
+def models(args: argparse.Namespace) -> None:
+    """Whole models: weights, decode and throughput of the trace."""
+    logging.basicConfig(level="INFO", format="%(message)s")
+    table = Table()
+    for name in args.formats:
+        kind = MODELS[name]
+        operation = "linear_fp8" if name == "fp8" else "linear_packed"
+        kernels = {operation: HOPPER_KERNELS[operation]} if args.hopper else {}
+        with tempfile.TemporaryDirectory() as folder:
+            config = LLAMA_8B if kind.settings is None else {**LLAMA_8B, "quantization_config": kind.settings}
+            (Path(folder) / "config.json").write_text(json.dumps(config), encoding="utf-8")
+            octavo = Octavo(Path(folder), kernels=kernels, **kind.options)
+        print(name, octavo.engine.info.startup_seconds)
+        table.add(f"{name}, weights", "GiB", kind.weights, octavo.engine.info.weight_bytes / 2**30)
+        octavo.run([octavo.submit(prompt, 8) for prompt in octavo.prompts(8, 64, seed=0)])
+        for batch in args.batches:
+            table.add(f"{name}, decode, batch {batch}", "ms", kind.decode[batch], decode(octavo, batch))
+        for batch in args.profile:
+            print(gpu.profile(octavo, batch), flush=True)
+        if args.trace:
+            requests = trace_requests(TRACE, None, vocab_size=octavo.vocab_size)
+            table.add(f"{name}, trace", "tok/s", kind.trace, throughput(octavo, requests))
+        del octavo
+        gc.collect()
+        torch.cuda.empty_cache()
+    if args.save is not None:
+        report.save(
+            args.save,
+            "benchmarks/quantized.py models",
+            {"formats": args.formats, "hopper": args.hopper},
+            {"rows": table.rows},
+        )
+
+
+def products(args: argparse.Namespace) -> None:
+    """Products and sampling alone."""
     torch.manual_seed(0)
     ceilings = Ceilings.measure()
     results: list[Result] = []
@@ -133,7 +231,7 @@ def main() -> None:
             results += bench(ceilings, name, plain, label)
     samples = [bench_sample(ceilings, rows, filtered) for filtered in (False, True) for rows in (1, 32, 256)]
     print(f"ceilings: {ceilings.bytes_per_us / 1e6:.2f} TB/s, {ceilings.flops_per_us / 1e6:.0f} TFLOP/s; microseconds")
-    print(f"{'':22}" + "".join(f"{name:>24}" for name in LAYER) + f"{'error':>10}")
+    print(f"{'':26}" + "".join(f"{name:>24}" for name in LAYER) + f"{'error':>10}")
     by_key = {(result.kernel, result.size): result for result in results}
     for label in FORMATS:
         for num_tokens in NUM_TOKENS:
@@ -141,23 +239,42 @@ def main() -> None:
             row = [result for result in found if result is not None]
             if row:
                 cells = "".join(f"{r.time:10.1f} ({r.floor:.1f}; {r.other or 0:.1f})".rjust(24) for r in row)
-                print(f"{label:16}{num_tokens:6}" + cells + f"{max(r.error or 0.0 for r in row):10.1e}")
+                print(f"{label:20}{num_tokens:6}" + cells + f"{max(r.error or 0.0 for r in row):10.1e}")
     for r in samples:
         print(
             f"{r.kernel:20}{r.size:>6}{r.time:10.1f} ({r.floor:.1f}; {r.other or 0:.1f}){r.error or 0.0:10.1e} differ"
         )
     results += samples
-    if arguments.output is not None:
+    if args.output is not None:
         record = {
             "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-            "commit": arguments.commit or commit(),
+            "commit": args.commit or commit(),
             "hardware": torch.cuda.get_device_name(),
             "versions": {"torch": torch.__version__, "cuda": torch.version.cuda, "triton": triton.__version__},
             "ceilings": asdict(ceilings),
             "unit": "microseconds",
             "results": [asdict(result) for result in results],
         }
-        arguments.output.write_text(json.dumps(record, indent=1) + "\n")
+        args.output.write_text(json.dumps(record, indent=1) + "\n")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parts = parser.add_subparsers(required=True)
+    part = parts.add_parser("products", help=products.__doc__)
+    part.add_argument("--output", type=Path)
+    part.add_argument("--commit", default=None, help="what to record where git is not at hand")
+    part.set_defaults(run=products)
+    part = parts.add_parser("models", help=models.__doc__)
+    part.add_argument("--formats", nargs="+", choices=list(MODELS), default=list(MODELS))
+    part.add_argument("--hopper", action="store_true", help="with the products that stream weights")
+    part.add_argument("--batches", type=int, nargs="*", default=list(INT4_DECODE), help="rows of decode steps")
+    part.add_argument("--profile", type=int, nargs="*", default=[], help="rows of decode steps to take apart")
+    part.add_argument("--trace", action="store_true", help="and the throughput of the trace")
+    part.add_argument("--save", type=Path, metavar="FILE", help="write every figure as JSON")
+    part.set_defaults(run=models)
+    args = parser.parse_args()
+    args.run(args)
 
 
 if __name__ == "__main__":

@@ -502,17 +502,20 @@ def paged_attention(
     soft_cap: float | None = None,
     key_scale: float = 1.0,
     value_scale: float = 1.0,
+    out: Tensor | None = None,
 ) -> Tensor:
     """Causal attention of each sequence's last tokens over its cached context.
 
     query [num_tokens, num_heads, head_dim] contiguous, kv [num_blocks, 2, num_kv_heads, block_size, head_dim], the
     block size a power of two; block_tables [num_rows, max_num_blocks], query_start [num_rows + 1] and seq_lens
     [num_rows] int32, the last counting this step's tokens -> [num_tokens, num_heads * head_dim]. With a ``window`` a
-    token sees itself and the window - 1 tokens before it; ``soft_cap`` bounds the scaled scores by tanh.
+    token sees itself and the window - 1 tokens before it; ``soft_cap`` bounds the scaled scores by tanh. ``out`` is
+    written and returned when it is given.
     """
     num_tokens, num_heads, head_dim = query.shape
     num_kv_heads, block_size = kv.shape[2], kv.shape[3]
-    out = torch.empty((num_tokens, num_heads * head_dim), dtype=query.dtype, device=query.device)
+    if out is None:
+        out = torch.empty((num_tokens, num_heads * head_dim), dtype=query.dtype, device=query.device)
     device = describe(query.device)
     for section in sections:
         shape = section.tiling

@@ -150,21 +150,36 @@ def _few_tokens_fp8(
 
 
 @triton.jit
-def _quantize_tokens(out_ptr, scale_ptr, x_ptr, x_stride, K: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr):
+def _quantize_tokens(
+    out_ptr,
+    scale_ptr,
+    x_ptr,
+    x_stride,
+    K: tl.constexpr,
+    BLOCK: tl.constexpr,
+    REORDERED: tl.constexpr,
+    PDL: tl.constexpr,
+):
     """Program: one token, rounded to FP8 by its largest value."""
     row = tl.program_id(0).to(tl.int64)
     k = tl.arange(0, BLOCK)
+    source = k
+    if REORDERED:  # octavo_kernels.hopper_linear.fp8_order
+        source = k // 64 * 64 + k // 4 % 4 * 16 + (1 - k % 2) * 8 + k // 16 % 4 * 2 + k // 2 % 2
     if PDL:
         gdc_launch_dependents()
         gdc_wait()
-    x = tl.load(x_ptr + row * x_stride + k, mask=k < K, other=0.0).to(tl.float32)
+    x = tl.load(x_ptr + row * x_stride + source, mask=k < K, other=0.0).to(tl.float32)
     scale = tl.maximum(tl.max(tl.abs(x), axis=0) / 448.0, 1.1754944e-38)
     tl.store(scale_ptr + row, scale)
     tl.store(out_ptr + row * K + k, (x / scale).to(out_ptr.dtype.element_ty), mask=k < K)
 
 
-def quantize_tokens(x: Tensor) -> tuple[Tensor, Tensor]:
-    """x [num_tokens, in_features] -> float8_e4m3fn of the same shape, scales float32 [num_tokens, 1]."""
+def quantize_tokens(x: Tensor, *, reordered: bool = False) -> tuple[Tensor, Tensor]:
+    """x [num_tokens, in_features] -> float8_e4m3fn of the same shape, scales float32 [num_tokens, 1].
+
+    ``reordered``: in the order that ``octavo_kernels.hopper_linear.fp8_order`` gives the weights.
+    """
     num_tokens, in_features = x.shape
     out = torch.empty((num_tokens, in_features), dtype=torch.float8_e4m3fn, device=x.device)
     scales = torch.empty((num_tokens, 1), dtype=torch.float32, device=x.device)
@@ -177,6 +192,7 @@ def quantize_tokens(x: Tensor) -> tuple[Tensor, Tensor]:
             x.stride(0),
             K=in_features,
             BLOCK=power_of_two(in_features),
+            REORDERED=reordered,
             PDL=device.dependent_launch,
             num_warps=8,
             **device.options,

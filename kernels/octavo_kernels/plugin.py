@@ -7,12 +7,14 @@ from octavo import KernelProvider, PluginInfo, Provider, hookimpl
 plugin = PluginInfo(api=(1, 1), summary="Triton kernels for GPUs")
 
 REQUIRES = ("triton",)
+REQUIRES_GLUON = ("triton.experimental.gluon.language.nvidia.hopper",)
 
 
 @hookimpl
 def octavo_attention_backends() -> list[Provider]:
     return [
         Provider("triton", "octavo_kernels.backend:TritonAttention", priority=50, requires=REQUIRES),
+        Provider("triton-hopper", "octavo_kernels.hopper_backend:HopperAttention", priority=40, requires=REQUIRES),
         Provider("triton-balanced", "octavo_kernels.backend:BalancedTritonAttention", priority=40, requires=REQUIRES),
     ]
 
@@ -27,7 +29,17 @@ def octavo_kernels() -> list[KernelProvider]:
         "linear_fp8": "octavo_kernels.fp8_linear:TritonFp8",
         "sample": "octavo_kernels.sample:TritonSample",
     }
-    return [
+    hopper = {
+        "linear_packed": "octavo_kernels.hopper_linear:HopperPacked",
+        "linear_fp8": "octavo_kernels.hopper_linear:HopperFp8",
+    }
+    kernels = [
         KernelProvider(f"triton-{operation.replace('_', '-')}", target, 50, REQUIRES, operation=operation)
         for operation, target in targets.items()
     ]
+    # below the others until whole models have run with them: chosen by --kernel
+    kernels += [
+        KernelProvider(f"hopper-{operation.replace('_', '-')}", target, 40, REQUIRES_GLUON, operation=operation)
+        for operation, target in hopper.items()
+    ]
+    return kernels

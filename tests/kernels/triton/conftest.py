@@ -13,7 +13,7 @@ import pytest
 import torch
 
 if os.environ.get("TRITON_INTERPRET") == "1":
-    collect_ignore_glob = ["test_compiled.py"]
+    collect_ignore_glob = ["test_compiled*.py"]
 elif not torch.cuda.is_available():
     collect_ignore_glob = ["test_[!ic]*.py"]  # all but the two that start processes of their own
 

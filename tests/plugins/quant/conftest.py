@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,6 @@ import torch
 from tests.paging import PagedSequences
 from torch import Tensor
 
-import octavo_cpu.plugin
 from octavo.architectures import choose_model
 from octavo.attention.torch_backend import TorchAttention
 from octavo.hooks import KernelProvider
@@ -34,16 +33,14 @@ BLOCK_SIZE = 16
 PLUGINS = (awq, gptq, fp8, compressed_tensors)
 
 
-def operations(insisted: Mapping[str, str] | None = None, *, compiled: bool = False) -> Operations:
-    """The plain torch implementations, this package's kernels, and those in C where ``compiled`` says so."""
+def operations(insisted: Mapping[str, str] | None = None, more: Sequence[KernelProvider] = ()) -> Operations:
+    """The plain torch implementations, this package's kernels, and ``more``."""
     builtin = [
         KernelProvider("torch", TorchLinear, operation="linear"),
         KernelProvider("torch", TorchRMSNorm, operation="rms_norm"),
         KernelProvider("torch", TorchSiluAndMul, operation="silu_and_mul"),
     ]
-    kernels = [*PACKED_KERNELS, *FP8_KERNELS]
-    if compiled:
-        kernels += octavo_cpu.plugin.octavo_kernels()
+    kernels = [*PACKED_KERNELS, *FP8_KERNELS, *more]
     return Operations(builtin, {f"{k.operation}/{k.name}": k for k in kernels}, insisted)
 
 
@@ -72,13 +69,14 @@ class LoadedModel:
         fused: bool = True,
         wanted: str | None = None,
         insisted: Mapping[str, str] | None = None,
-        compiled: bool = False,
+        device: str = "cpu",
+        kernels: Sequence[KernelProvider] = (),
     ) -> None:
         self.folder = HuggingFaceFolder(path)
         self.config = self.folder.config()
-        self.placement = Placement(torch.device("cpu"), dtype)
+        self.placement = Placement(torch.device(device), dtype)
         weights = self.folder.weights()
-        self.operations = operations(insisted, compiled=compiled)
+        self.operations = operations(insisted, kernels)
         self.loader = CheckpointLoader(weights, self.placement, self.operations)
         providers = {provider.name: provider for plugin in PLUGINS for provider in plugin.octavo_quantizations()}
         quantization = resolve_quantization(self.folder, wanted, providers, weights)

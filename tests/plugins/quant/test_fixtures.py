@@ -11,6 +11,7 @@ from torch import Tensor
 from octavo.attention import torch_backend
 from octavo.interfaces import AttentionSpec
 from octavo_cpu.library import library_missing
+from octavo_cpu.plugin import octavo_kernels
 
 ALL = sorted(path.name for path in FIXTURES.iterdir() if (path / "config.json").exists())
 INTEGER_HALF = [name for name in ALL if name.startswith(("awq", "gptq"))]
@@ -76,7 +77,8 @@ def test_the_compiled_kernels_say_the_same_as_the_reference(name, dtype):
     if reasons := library_missing():
         pytest.skip(reasons[0])
     tokens = reference(name)["input_ids"][0].tolist()
-    fast, slow = (LoadedModel(FIXTURES / name, dtype, compiled=compiled) for compiled in (True, False))
+    in_c = octavo_kernels()
+    fast, slow = (LoadedModel(FIXTURES / name, dtype, kernels=kernels) for kernels in (in_c, []))
     used = {name for operation in ("linear_packed", "linear_fp8") for name in fast.operations.log.get(operation, ())}
     assert used == {"cpu"} or dtype == torch.bfloat16  # which needs AVX512_BF16
     difference = (fast.logits(tokens) - slow.logits(tokens)).abs()

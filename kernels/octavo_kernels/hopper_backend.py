@@ -1,0 +1,66 @@
+"""The attention backend ``triton-hopper``: ``triton`` with a prefill kernel made for Hopper GPUs."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+import triton
+from torch import Tensor
+
+from octavo.batch import ForwardBatch
+from octavo.interfaces import AttentionNeed, AttentionSpec
+from octavo_kernels.attention import Section, paged_attention
+from octavo_kernels.backend import TritonAttention
+
+TRITON = "3.6"  # whose Gluon the kernel is written in; it is experimental and changes from version to version
+HEAD_DIM = 128
+BLOCK_SIZES = (8, 16, 32, 64, 128)  # they fill a tile, in whole swizzle patterns of 8 rows
+
+
+class HopperAttention(TritonAttention):
+    """Sections of a batch that are whole tiles of queries go to the kernel for Hopper, all else is as in ``triton``.
+
+    Its priority is below that of ``triton``: it serves where it is asked for by name.
+    """
+
+    name: ClassVar[str] = "triton-hopper"
+
+    def __init__(self, need: AttentionNeed) -> None:
+        super().__init__(need)
+        # Here and not above: being asked what it is missing must not take a Gluon that may have changed.
+        from octavo_kernels.hopper_attention import prefill_attention, serves
+
+        self._prefill_attention, self._serves = prefill_attention, serves
+
+    @classmethod
+    def missing(cls, need: AttentionNeed) -> list[str]:
+        reasons = super().missing(need)
+        if need.device.type == "cuda" and (capability := torch.cuda.get_device_capability(need.device))[0] != 9:
+            reasons.append(f"it needs compute capability 9, and this device has {capability[0]}.{capability[1]}")
+        if triton.__version__.split(".")[:2] != TRITON.split("."):
+            reasons.append(f"it is written for Triton {TRITON}, and this is {triton.__version__}")
+        if need.head_dim != HEAD_DIM:
+            reasons.append(f"head_dim must be {HEAD_DIM}, not {need.head_dim}")
+        if need.kv_dtype != need.dtype:
+            reasons.append(f"its cache is in the activations' dtype, not {need.kv_dtype}")
+        if need.block_size not in BLOCK_SIZES:
+            reasons.append(f"blocks must be of {', '.join(map(str, BLOCK_SIZES))} tokens, not {need.block_size}")
+        if need.window or need.soft_cap:
+            reasons.append("it has neither windows nor soft caps")
+        if need.batch_invariant:
+            reasons.append("its rows depend on their neighbours, if only in how they are rounded")
+        return reasons
+
+    def _attend(
+        self, query: Tensor, spec: AttentionSpec, kv: Tensor, batch: ForwardBatch, plan: list[Section]
+    ) -> Tensor:
+        out = torch.empty((query.shape[0], spec.num_heads * spec.head_dim), dtype=query.dtype, device=query.device)
+        rows = batch.block_tables, batch.query_start, batch.seq_lens
+        scales = {"scale": spec.scale, "key_scale": spec.key_scale, "value_scale": spec.value_scale}
+        for section in plan:
+            if self._serves(section):
+                self._prefill_attention(out, query, kv, *rows, section, **scales)
+            else:
+                paged_attention(query, kv, *rows, [section], **scales, out=out)
+        return out

@@ -1,0 +1,236 @@
+"""How weights lie for Hopper's tensor cores, how work is cut, and what is chosen; products run in ``tests/gpu``.
+
+The kernel itself needs its device: Gluon has no interpreter. Here a stand-in decodes what the kernel is given, from
+the layout that PTX describes.
+"""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+pytest.importorskip("triton.experimental.gluon.language.nvidia.hopper")
+
+from octavo_kernels import hopper_stream
+from octavo_kernels.fp8_linear import quantize_tokens
+from octavo_kernels.hopper_linear import HopperFp8, HopperPacked, fp8_order, fp8_tiling, int4_tiling, pack_fragments
+from octavo_kernels.hopper_stream import STEP, TILE, first_unit, program_of
+from octavo_quant.fp8_linear import ReferenceFp8
+from octavo_quant.fp8_weight import Fp8Need, Fp8Weight
+from octavo_quant.packed import PackedNeed, PackedWeight
+from octavo_quant.packed_linear import ReferencePacked
+
+SHARED_MEMORY = 227 * 1024
+"""Bytes of a Hopper processor that programs may use."""
+
+
+class StandIn:
+    """Takes the place of the kernel: reads its arguments as it does and multiplies in float32."""
+
+    def __getitem__(self, grid: tuple[int]) -> Any:
+        return lambda *arguments, **constants: self.run(grid[0], arguments, constants)
+
+    def run(self, num_programs: int, arguments: tuple[Any, ...], constants: dict[str, Any]) -> None:
+        out, partial, arrivals, x, words, params, scales, bias, num_tokens, num_rows, num_tiles, exponent = arguments
+        in_features, group, block_m = constants["K"], constants["GROUP"], constants["BLOCK_M"]
+        assert x.is_contiguous()
+        assert x.shape == (num_tokens, in_features)
+        assert num_tokens <= constants["TOKEN_TILES"] * block_m
+        assert num_tiles == -(-num_rows // TILE) * constants["TOKEN_TILES"] <= arrivals.numel()
+        assert 1 <= num_programs <= num_tiles * (in_features // STEP)
+        assert partial.shape == (num_programs + num_tiles, TILE, block_m)
+        if constants["FP8"]:
+            weight = self.fp8_weight(words.view(torch.float8_e4m3fn))
+            if group:
+                lacking = {torch.bfloat16: 2.0**120, torch.float16: 2.0**8}[x.dtype]
+                weight *= self.by_group(params, x.dtype, low=True, group=group)[:num_rows] / lacking
+            else:
+                weight *= scales[:, None]
+            assert exponent & 0xFFFF == exponent >> 16
+        else:
+            scale, zero = (self.by_group(params, x.dtype, low=low, group=group) for low in (True, False))
+            offset = {torch.bfloat16: 128, torch.float16: 1024}[x.dtype]
+            weight = ((self.fragments(words) + offset - zero) * scale)[:num_rows]
+        y = x.float() @ weight.T
+        out.copy_(y + bias.float() if constants["BIAS"] else y)
+
+    def fragments(self, words: Tensor) -> Tensor:
+        """4-bit values [outputs, inputs]: registers of ``wgmma`` m64k16 by thread (PTX ISA, figure of matrix A)."""
+        tiles, steps = words.shape[:2]
+        values = torch.zeros(tiles * TILE, steps * STEP)
+        thread = torch.arange(128)
+        for half in range(2):
+            for block in range(2):
+                mine = words[:, :, half, block].reshape(tiles, steps, 128, 4).long()
+                for j in range(4):
+                    for register in range(4):
+                        for of_pair in range(2):
+                            row = 16 * (thread // 32) + 2 * (thread % 32 // 4) + register % 2
+                            column = 16 * j + 8 * (register // 2) + 2 * (thread % 4) + of_pair
+                            nibble = mine[..., j] >> (4 * register + 16 * of_pair) & 15
+                            place = values.view(tiles, 2, 64, steps, 2, 64)[:, block, :, :, half]
+                            place[:, row, :, column] = nibble.permute(2, 0, 1).float()
+        return values
+
+    def fp8_weight(self, values: Tensor) -> Tensor:
+        weight = torch.empty(values.shape)
+        weight.view(len(values), -1, 64)[..., fp8_order(values.device)] = values.float().view(len(values), -1, 64)
+        return weight
+
+    def by_group(self, params: Tensor, dtype: torch.dtype, *, low: bool, group: int) -> Tensor:
+        """One of the two parameters of each weight: [outputs, inputs]."""
+        tiles, groups = params.shape[:2]
+        half = (params if low else params >> 16).to(torch.int16).view(dtype).float()
+        rows = half.view(tiles, groups, 2, 2, 32).permute(0, 3, 4, 2, 1).reshape(tiles * TILE, groups)
+        return rows.repeat_interleave(group, dim=1)
+
+
+@pytest.fixture
+def _stand_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hopper_stream, "_stream", StandIn())
+
+
+def packed(
+    num_in: int, num_out: int, group_size: int, dtype: torch.dtype = torch.float16, *, ordered: bool = True
+) -> tuple[PackedNeed, PackedWeight]:
+    groups = torch.arange(num_in) // group_size
+    shape = (num_in // group_size, num_out)
+    weight = PackedWeight.pack(
+        torch.randint(0, 16, (num_out, num_in), dtype=torch.uint8),
+        (torch.rand(shape) + 0.1).half() / num_in**0.5,
+        torch.randint(0, 16, shape),
+        groups if ordered else groups[torch.randperm(num_in)],
+        4,
+    )
+    return PackedNeed(torch.device("cpu"), dtype, num_in, num_out, 4, group_size, False, not ordered), weight
+
+
+def fp8(num_in: int, num_out: int, block: tuple[int, int] | None, dtype: torch.dtype) -> tuple[Fp8Need, Fp8Weight]:
+    weight = Fp8Weight.online(torch.randn(num_out, num_in))
+    scales, rows, columns = weight.scales, 1, num_in
+    if block is not None:
+        rows, columns = block
+        scales = (torch.rand(-(-num_out // rows), -(-num_in // columns)) + 0.5) / 448
+    weight = Fp8Weight(weight.values, scales, rows, columns, "none")
+    return Fp8Need(torch.device("cpu"), dtype, num_in, num_out, "none", rows, columns), weight
+
+
+@pytest.mark.usefixtures("_stand_in")
+@pytest.mark.parametrize("num_tokens", [0, 1, 9, 17, 65, 256, 257])
+@pytest.mark.parametrize(("num_in", "num_out", "group_size"), [(256, 72, 64), (384, 264, 128), (256, 128, 256)])
+def test_4_bit_weights_meet_every_number_of_tokens(num_tokens: int, num_in: int, num_out: int, group_size: int) -> None:
+    need, weight = packed(num_in, num_out, group_size, ordered=group_size != 128)
+    x, bias = torch.randn(num_tokens, num_in).half(), torch.randn(num_out).half()
+    expected = ReferencePacked(need, weight, bias).apply(x)
+    torch.testing.assert_close(HopperPacked(need, weight, bias).apply(x), expected, atol=8e-3, rtol=8e-3)
+
+
+@pytest.mark.usefixtures("_stand_in")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("block", [None, (128, 128), (64, 256)])
+def test_fp8_weights_meet_tokens(dtype: torch.dtype, block: tuple[int, int] | None) -> None:
+    need, weight = fp8(512, 136, block, dtype)
+    x, bias = torch.randn(5, 512).to(dtype), torch.randn(136).to(dtype)
+    expected = ReferenceFp8(need, weight, bias).apply(x)
+    torch.testing.assert_close(HopperFp8(need, weight, bias).apply(x), expected, atol=0.2, rtol=1e-2)
+
+
+@given(st.integers(1, 400), st.integers(1, 60), st.integers(1, 70))
+def test_runs_cover_every_step_once_and_parts_of_tiles_have_their_own_places(
+    num_programs: int, num_tiles: int, num_steps: int
+) -> None:
+    num_units = num_tiles * num_steps
+    num_programs = min(num_programs, num_units)
+    bounds = [first_unit.fn(program, num_programs, num_units) for program in range(num_programs + 1)]
+    assert (bounds[0], bounds[-1]) == (0, num_units)
+    places = set()
+    for program, (begin, end) in enumerate(pairwise(bounds)):
+        assert begin < end
+        assert program_of.fn(begin, num_programs, num_units) == program
+        assert program_of.fn(end - 1, num_programs, num_units) == program
+        tiles = {unit // num_steps for unit in range(begin, end)}
+        places |= {program + tile for tile in tiles}
+    # as many places as parts: of a program in a tile
+    parts = sum(
+        program_of.fn(tile * num_steps + num_steps - 1, num_programs, num_units)
+        - program_of.fn(tile * num_steps, num_programs, num_units)
+        + 1
+        for tile in range(num_tiles)
+    )
+    assert len(places) == parts
+    assert max(places) < num_programs + num_tiles
+
+
+@given(st.integers(1, 256), st.integers(1, 60000))
+def test_tilings_fit_their_processor(num_tokens: int, out_features: int) -> None:
+    for tile, step_bytes in (
+        (int4_tiling(out_features, num_tokens, 132), 64),
+        (fp8_tiling(out_features, num_tokens, 132), 128),
+    ):
+        assert tile.block_m >= min(num_tokens, 128)
+        assert tile.num_stages >= 3  # the depth that the loop counts on
+        stage = TILE * step_bytes + tile.block_m * STEP * 2 + 2 * TILE * 4
+        assert tile.resident * tile.num_stages * stage <= SHARED_MEMORY
+        assert tile.resident * tile.num_warps * 32 * tile.max_registers <= 65536
+        assert tile.num_programs <= tile.resident * 132
+
+
+@pytest.mark.parametrize(("num_in", "num_out", "group_size"), [(128, 72, 64), (384, 256, 128), (256, 128, 256)])
+def test_4_bit_weights_are_written_out(device: torch.device, num_in: int, num_out: int, group_size: int) -> None:
+    need, weight = packed(num_in, num_out, group_size)
+    layer = HopperPacked(need, PackedWeight(*(_to(part, device) for part in _parts(weight))), None)
+    expected = weight.dequantize(torch.float32).half().to(device)
+    torch.testing.assert_close(layer.dequantize(torch.float16), expected, atol=0, rtol=1e-3)
+
+
+@pytest.mark.parametrize("block", [None, (128, 128), (64, 256)])
+def test_fp8_weights_are_written_out(device: torch.device, block: tuple[int, int] | None) -> None:
+    need, weight = fp8(512, 136, block, torch.float16)
+    layer = HopperFp8(need, Fp8Weight(*(_to(part, device) for part in _parts(weight))), None)
+    expected = weight.dequantize(torch.float32).half().to(device)
+    torch.testing.assert_close(layer.dequantize(torch.float16), expected, atol=0, rtol=1e-3)
+
+
+def _parts(weight: Any) -> list[Any]:
+    return [getattr(weight, name) for name in weight.__slots__]
+
+
+def _to(part: Any, device: torch.device) -> Any:
+    return part.to(device) if isinstance(part, Tensor) else part
+
+
+def test_tokens_are_rounded_in_the_order_of_the_weights(device: torch.device) -> None:
+    x = torch.randn(3, 192, device=device).half()
+    values, scales = quantize_tokens(x)
+    reordered, same = quantize_tokens(x, reordered=True)
+    expected = values.view(torch.uint8).view(3, 3, 64)[..., fp8_order(device)].flatten(1)
+    assert torch.equal(reordered.view(torch.uint8), expected)
+    assert torch.equal(scales, same)
+
+
+def test_words_of_a_step_lie_together() -> None:
+    values = torch.randint(0, 16, (130, 384), dtype=torch.uint8)
+    words = pack_fragments(values)
+    assert words.shape == (2, 3, 2, 2, 512)
+    assert torch.equal(StandIn().fragments(words)[:130], values.float())
+    assert not StandIn().fragments(words)[130:].any()
+
+
+def test_takes_half_a_byte_for_a_weight_and_four_for_a_group() -> None:
+    need, weight = packed(256, 128, 128)
+    assert HopperPacked(need, weight, None).num_bytes() == 256 * 128 // 2 + 2 * 128 * 4
+
+
+def test_says_why_it_cannot_serve() -> None:
+    device = torch.device("cpu")
+    reasons = "; ".join(HopperPacked.missing(PackedNeed(device, torch.float16, 72, 8, 8, 24, True, False)))
+    for part in ("CUDA device", "128 inputs at a time", "4-bit weights", "groups are of 64"):
+        assert part in reasons
+    reasons = "; ".join(HopperFp8.missing(Fp8Need(device, torch.float16, 256, 8, "none", 1, 32)))
+    assert "blocks are of a multiple of 128" in reasons

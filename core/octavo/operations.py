@@ -20,7 +20,6 @@ Plugins may name further operations of their own (a quantization and the kernels
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -29,8 +28,6 @@ import torch
 
 from octavo.errors import ConfigError
 from octavo.hooks import KernelProvider, Provider
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,10 +67,17 @@ class SampleNeed:
     vocab_size: int
 
 
-def choose(what: str, providers: Iterable[Provider], need: Any, insisted: str | None = None) -> tuple[str, Any]:
+def choose(
+    what: str,
+    providers: Iterable[Provider],
+    need: Any,
+    insisted: str | None = None,
+    passed_over: dict[str, None] | None = None,
+) -> tuple[str, Any]:
     """The provider of highest priority that lacks nothing for ``need``: its name and class.
 
-    ``insisted`` names the only one that will do. The same reasons that pass a provider over make up the error.
+    ``insisted`` names the only one that will do. The same reasons that pass a provider over make up the error; they are
+    also added to ``passed_over``.
 
     Raises:
         ConfigError: none can serve; prints every candidate with what it is missing.
@@ -91,8 +95,8 @@ def choose(what: str, providers: Iterable[Provider], need: Any, insisted: str | 
             implementation = provider.resolve()
             lacking = implementation.missing(need)
             if not lacking:
-                for reason in reasons:
-                    logger.debug("%s: passed over %s", what, reason)
+                if passed_over is not None:
+                    passed_over.update(dict.fromkeys(reasons))
                 return provider.name, implementation
         reasons.append(f"{provider.name}: {'; '.join(lacking)}")
     raise ConfigError(f"no {what} can serve {need}:\n  " + "\n  ".join(reasons or ["none is provided"]))
@@ -116,13 +120,17 @@ class Operations:
             raise ConfigError(f"no operation is called '{unknown[0]}'; there are: {', '.join(sorted(self._providers))}")
         self._chosen: dict[tuple[str, Any], Any] = {}
         self.log: dict[str, set[str]] = {}  # operation -> names of the implementations in use
+        self.passed_over: dict[str, dict[str, None]] = {}  # operation -> why faster ones are not, in order
 
     def choose(self, operation: str, need: Any) -> Any:
         """The class that implements ``operation`` for ``need``."""
         key = (operation, need)
         if key not in self._chosen:
             providers = self._providers.get(operation, [])
-            name, implementation = choose(f"kernel for '{operation}'", providers, need, self._insisted.get(operation))
+            reasons = self.passed_over.setdefault(operation, {})
+            name, implementation = choose(
+                f"kernel for '{operation}'", providers, need, self._insisted.get(operation), reasons
+            )
             self._chosen[key] = implementation
             self.log.setdefault(operation, set()).add(name)
         return self._chosen[key]

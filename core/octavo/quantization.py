@@ -106,7 +106,10 @@ def resolve_quantization(
             f"no selected plugin provides the quantization '{method}' of {origin}; provided: "
             f"{', '.join(sorted(providers)) or 'none'}"
         )
-    made: Quantization = providers[method].resolve().from_checkpoint(settings, weights or NoWeights())
+    try:
+        made: Quantization = providers[method].resolve().from_checkpoint(settings, weights or NoWeights())
+    except CheckpointError as error:
+        raise CheckpointError(f"{checkpoint.path}: {error}") from error
     logger.info("quantization: %s, %s", method, "from the checkpoint" if found else "applied while loading")
     return made
 

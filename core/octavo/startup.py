@@ -226,6 +226,9 @@ def build_engine(resolved: Resolved) -> Engine:
         drafter = _drafter(config, host, context)
     logger.info("weights: %.2f GiB on %s, %s", target.weight_bytes / GIB, device, target.placement.dtype)
     logger.info("kernels: %s", ", ".join(f"{op}: {'/'.join(sorted(k))}" for op, k in sorted(operations.log.items())))
+    for operation, reasons in sorted(operations.passed_over.items()):
+        if reasons:
+            logger.info("passed over for %s: %s", operation, "; ".join(reasons))
 
     processors = make_processors(list(host.logits_processors().values()), target.vocab_size, device)
     use_graphs = device.type == "cuda" and target.backend.capturable and not config.enforce_eager

@@ -83,6 +83,7 @@ def test_an_operation_is_chosen_by_need_and_the_log_names_all_that_are_in_use() 
     assert operations.choose("linear", Need(33)) is Anything
     assert operations.choose("norm", Need(33)) is Anything
     assert operations.log == {"linear": {"quick", "plain"}, "norm": {"quick"}}
+    assert list(operations.passed_over["linear"]) == ["quick: size 33 is not a multiple of 16"]
 
 
 def test_a_need_is_decided_once() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
+import math
 import shutil
 from pathlib import Path
 from typing import Any
@@ -20,10 +21,11 @@ from octavo.quantization import quantization_settings
 from octavo_quant.fp8_weight import Fp8Weight
 
 SHARD_BYTES = 4 << 30
-INSTALL = "pip install 'llmcompressor==0.14.0.1'"
+INSTALL = "pip install 'octavo[quantize]'"
 
-KEPT_MODULES = ("lm_head", "embed_tokens", "gate", "router")
-"""Modules whose matrices stay as they are."""
+EMBEDDING = "embed_tokens"
+KEPT_LINEARS = ("lm_head", "gate", "router")
+"""Linear layers that stay as they are: what they decide is worth their few bytes."""
 
 FP8_SETTINGS: dict[str, Any] = {
     "quant_method": "compressed-tensors",
@@ -48,10 +50,9 @@ FP8_SETTINGS: dict[str, Any] = {
             },
         }
     },
-    "ignore": ["lm_head"],
     "kv_cache_scheme": None,
 }
-"""What llm-compressor calls FP8_DYNAMIC: a scale per output, inputs scaled per token while serving."""
+"""What llm-compressor calls FP8_DYNAMIC: a scale per output, inputs scaled per token while serving; no ``ignore``."""
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -70,7 +71,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.method == "fp8":
         quantize_fp8(checkpoint, out)
     else:
-        quantize_calibrated(source, out, arguments.method, arguments.group_size, arguments.calibration)
+        quantize_calibrated(checkpoint, out, arguments.method, arguments.group_size, arguments.calibration)
     return 0
 
 
@@ -110,41 +111,68 @@ def quantize_fp8(checkpoint: HuggingFaceFolder, out: Path) -> None:
         kept = other.suffix in (".json", ".jinja", ".txt", ".model") and not other.name.endswith(".index.json")
         if kept and other.name != "config.json":
             shutil.copy2(other, out / other.name)
-    config = {**checkpoint.config(), "quantization_config": FP8_SETTINGS}
+    modules = {name.removesuffix(".weight") for name in weights.names()}
+    ignored = {"lm_head"} | {module for module in modules if module.rpartition(".")[2] in KEPT_LINEARS}
+    config = {**checkpoint.config(), "quantization_config": {**FP8_SETTINGS, "ignore": sorted(ignored)}}
     (out / "config.json").write_text(json.dumps(config, indent=2))
 
 
 def quantized_tensors(name: str, weights: WeightSource) -> list[tuple[str, Tensor]]:
     """What becomes of a tensor: a linear layer's matrix gets a scale beside it, the rest stays."""
     tensor = weights.read(name)
-    module = name.removesuffix(".weight")
-    is_matrix = name.endswith(".weight") and tensor.ndim == 2 and tensor.is_floating_point()
-    if not is_matrix or module.rpartition(".")[2] in KEPT_MODULES:
+    if not is_quantizable(name, weights):
         return [(name, tensor)]
     made = Fp8Weight.online(tensor)
     return [(name, made.values), (f"{name}_scale", made.scales)]
 
 
-def quantize_calibrated(source: Path, out: Path, method: str, group_size: int, calibration: Path | None) -> None:
+def is_quantizable(name: str, weights: WeightSource) -> bool:
+    """Whether the tensor is the matrix of a linear layer that is worth it."""
+    info, (module, _, kind) = weights.info(name), name.rpartition(".")
+    is_matrix = kind == "weight" and len(info.shape) == 2 and info.dtype.is_floating_point
+    return is_matrix and module.rpartition(".")[2] not in (EMBEDDING, *KEPT_LINEARS)
+
+
+def check_group_size(weights: WeightSource, group_size: int) -> None:
+    """Raises ConfigError, naming a matrix, where groups of that many inputs do not come out even."""
+    inputs = {weights.info(name).shape[1]: name for name in weights.names() if is_quantizable(name, weights)}
+    uneven = [size for size in inputs if group_size < 1 or size % group_size]
+    if uneven:
+        fitting = [str(size) for size in (128, 64, 32) if not math.gcd(*inputs) % size]
+        raise ConfigError(
+            f"--group-size {group_size} does not divide the {uneven[0]} inputs of '{inputs[uneven[0]]}'; of the usual "
+            f"sizes this model can have {', '.join(fitting) or 'none, only --method fp8'}"
+        )
+
+
+def quantize_calibrated(
+    checkpoint: HuggingFaceFolder, out: Path, method: str, group_size: int, calibration: Path | None
+) -> None:
     """4 bits through llm-compressor, which writes the compressed-tensors format.
 
     Raises:
-        ConfigError: the library is not installed, or there is no text to calibrate with.
+        ConfigError: the library is not installed, the groups do not come out even, or there is no text to calibrate
+            with.
     """
     if importlib.util.find_spec("llmcompressor") is None:
         raise ConfigError(
-            f"--method {method} needs llm-compressor, which is not installed: {INSTALL} (with torch 2.10 to 2.14 and "
-            f"transformers 5.15 to 5.17, best in an environment of its own). --method fp8 needs no library"
+            f"--method {method} needs llm-compressor, which is not installed: {INSTALL}, best in an environment of its "
+            f"own, as it wants transformers 5.15 to 5.17. --method fp8 needs no library"
         )
-    if calibration is None:
-        raise ConfigError(f"--method {method} needs text like what will be served: --calibration FILE, a sample a line")
+    if calibration is None or not calibration.is_file():
+        named = "" if calibration is None else f"; {calibration} is no file"
+        raise ConfigError(
+            f"--method {method} needs text like what will be served: --calibration FILE, a sample a line{named}"
+        )
+    check_group_size(checkpoint.weights(), group_size)
     import datasets
     from llmcompressor import oneshot
-    from llmcompressor.modifiers.awq import AWQModifier
-    from llmcompressor.modifiers.quantization import GPTQModifier
+    from llmcompressor.modifiers.quantization import GPTQModifier, QuantizationModifier
+    from llmcompressor.modifiers.transform.awq import AWQModifier
     from llmcompressor.pipelines.cache import IntermediatesCache
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    source = checkpoint.path
     tokenizer = AutoTokenizer.from_pretrained(source)
     lines = [line for line in calibration.read_text(encoding="utf-8").splitlines() if line.strip()]
     samples = datasets.Dataset.from_list(
@@ -157,13 +185,15 @@ def quantize_calibrated(source: Path, out: Path, method: str, group_size: int, c
         "group_size": group_size,
         "symmetric": method == "gptq",
     }
-    modifier = {"awq": AWQModifier, "gptq": GPTQModifier}[method](
-        ignore=["lm_head"], config_groups={"group_0": {"targets": ["Linear"], "weights": weights}}
-    )
+    layers: dict[str, Any] = {
+        "ignore": ["lm_head"],
+        "config_groups": {"group_0": {"targets": ["Linear"], "weights": weights}},
+    }
+    recipe = [GPTQModifier(**layers)] if method == "gptq" else [AWQModifier(), QuantizationModifier(**layers)]
     model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.bfloat16)
     if not torch.accelerator.is_available():
         # llm-compressor 0.14 pins memory for copies to a device, which torch refuses where there is none
         IntermediatesCache.pin_memory = lambda *_, **__: None
-    oneshot(model=model, dataset=samples, recipe=[modifier], num_calibration_samples=len(samples))
+    oneshot(model=model, dataset=samples, recipe=recipe, num_calibration_samples=len(samples))
     model.save_pretrained(out, save_compressed=True)
     tokenizer.save_pretrained(out)

@@ -63,7 +63,7 @@ class Rounding:
             scale = x.abs().amax(dim=1, keepdim=True) / LARGEST
         else:
             size = self.group_size
-            padded = torch.nn.functional.pad(x.abs(), (0, -num_in % size)).unflatten(1, (-1, size))
+            padded = torch.nn.functional.pad(x.abs(), (0, -num_in % size)).reshape(len(x), -(-num_in // size), size)
             scale = (padded.amax(dim=2) / LARGEST).repeat_interleave(size, dim=1)[:, :num_in]
         scale = scale.clamp(min=torch.finfo(torch.float32).tiny)
         return (x / scale).clamp(-LARGEST, LARGEST).to(FP8).float() * scale

@@ -22,6 +22,7 @@ from octavo.layers.linear import TorchLinear
 from octavo.layers.norm import TorchRMSNorm
 from octavo.loader import CheckpointLoader, HuggingFaceFolder
 from octavo.operations import Operations
+from octavo.parallel import Shard
 from octavo.quantization import resolve_quantization
 from octavo_models.plugin import octavo_models
 from octavo_quant import awq, compressed_tensors, fp8, gptq
@@ -69,6 +70,7 @@ class LoadedModel:
         fused: bool = True,
         wanted: str | None = None,
         insisted: Mapping[str, str] | None = None,
+        shard: Shard | None = None,
         device: str = "cpu",
         kernels: Sequence[KernelProvider] = (),
     ) -> None:
@@ -81,7 +83,7 @@ class LoadedModel:
         providers = {provider.name: provider for plugin in PLUGINS for provider in plugin.octavo_quantizations()}
         quantization = resolve_quantization(self.folder, wanted, providers, weights)
         kind = Builder if fused else Unfused
-        self.build = kind(self.loader, max_model_len=MAX_MODEL_LEN, quantization=quantization)
+        self.build = kind(self.loader, max_model_len=MAX_MODEL_LEN, quantization=quantization, shard=shard)
         models = {provider.name: provider for provider in octavo_models()}
         self.model: Model = choose_model(self.config, models)(self.config, self.build)
 

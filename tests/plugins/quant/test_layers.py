@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 
 import pytest
 import torch
-import transformers
-from tests.plugins.quant.conftest import FIXTURES, LoadedModel, Tensors
+from tests.plugins.quant.conftest import Tensors
 from tests.plugins.quant.packers import awq_part, ct_part, gptq_part
 
 from octavo.errors import CheckpointError, ConfigError
@@ -21,7 +19,6 @@ from octavo_quant.fp8 import FP8Quantization
 from octavo_quant.fp8_weight import FP8
 from octavo_quant.gptq import GPTQ
 from octavo_quant.packed_linear import ReferencePacked
-from octavo_quant.quantize import add_quantize
 
 
 def spec(*parts: LinearPart, num_in: int, columns: slice | None = None, bias: bool = False) -> LinearSpec:
@@ -153,67 +150,6 @@ def test_fused_fp8_parts_keep_their_own_scales():
     torch.testing.assert_close(method.apply(torch.eye(16)).T, expected)
 
 
-# --- whole models -----------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def plain_model(tmp_path):
-    torch.manual_seed(0)
-    config = transformers.Qwen2Config(
-        vocab_size=97,
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=1,
-        max_position_embeddings=64,
-        tie_word_embeddings=True,
-        initializer_range=0.2,
-    )
-    model = transformers.Qwen2ForCausalLM(config).eval()
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if name.endswith("bias"):
-                parameter.uniform_(-0.5, 0.5)
-    model.save_pretrained(tmp_path / "plain", max_shard_size="60KB")  # several files
-    return tmp_path / "plain"
-
-
-def test_quantizing_while_loading_and_beforehand_give_the_same_model(plain_model, tmp_path):
-    parser = argparse.ArgumentParser()
-    add_quantize(parser)
-    arguments = parser.parse_args([str(plain_model), str(tmp_path / "made"), "--method", "fp8"])
-    assert arguments.run(arguments) == 0
-    online, made = LoadedModel(plain_model, wanted="fp8"), LoadedModel(tmp_path / "made")
-    tokens = list(range(20))
-    torch.testing.assert_close(online.logits(tokens), made.logits(tokens))
-    difference = (online.logits(tokens) - LoadedModel(plain_model).logits(tokens)).abs()
-    assert 0 < difference.mean() < 0.3 * LoadedModel(plain_model).logits(tokens).std()
-    assert online.build.num_bytes() < 0.6 * LoadedModel(plain_model).build.num_bytes()
-
-
-def test_quantize_refuses_what_is_quantized_and_what_exists(tmp_path):
-    parser = argparse.ArgumentParser()
-    add_quantize(parser)
-    awq = str(FIXTURES / "awq-gemm-g64-skip-oproj")
-    arguments = parser.parse_args([awq, str(tmp_path / "out"), "--method", "fp8"])
-    with pytest.raises(CheckpointError, match="quantized with awq already"):
-        arguments.run(arguments)
-    arguments = parser.parse_args([awq, awq, "--method", "fp8"])
-    with pytest.raises(ConfigError, match="not empty"):
-        arguments.run(arguments)
-
-
-@pytest.mark.parametrize("method", ["awq", "gptq"])
-def test_quantize_says_how_to_install_what_calibration_needs(method, plain_model, tmp_path, monkeypatch):
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    parser = argparse.ArgumentParser()
-    add_quantize(parser)
-    arguments = parser.parse_args([str(plain_model), str(tmp_path / "out"), "--method", method])
-    with pytest.raises(ConfigError, match="pip install 'llmcompressor"):
-        arguments.run(arguments)
-
-
 # --- which method -----------------------------------------------------------------------------------------------------
 
 
@@ -279,69 +215,3 @@ def test_only_fp8_is_made_while_loading(quantization):
 def test_settings_that_are_not_supported_are_named(quantization, settings, message):
     with pytest.raises(CheckpointError, match=message):
         quantization.from_checkpoint(settings, Tensors({}))
-
-
-def gptq_case():
-    tensors, _ = gptq_part("a", 1, 64, 8, torch.arange(64) // 32)
-    return tensors, {"bits": 4, "group_size": 32, "sym": False}
-
-
-@pytest.mark.parametrize("missing", ["qweight", "scales", "qzeros"])
-def test_a_missing_tensor_is_named_with_its_file(missing):
-    tensors, settings = gptq_case()
-    del tensors[f"a.{missing}"]
-    source = Tensors(tensors)
-    with pytest.raises(CheckpointError, match=rf"'a.{missing}' is missing.*model.safetensors.*fetch it again"):
-        GPTQ.from_checkpoint(settings, source).linear(spec(part("a", 8), num_in=64), source.loader())
-
-
-@pytest.mark.parametrize("missing", ["weight_scale", "input_scale"])
-def test_a_missing_fp8_scale_is_named(missing):
-    tensors = {
-        "a.weight": torch.zeros(8, 16).to(FP8),
-        "a.weight_scale": torch.ones(()),
-        "a.input_scale": torch.ones(()),
-    }
-    del tensors[f"a.{missing}"]
-    source = Tensors(tensors)
-    quantization = FP8Quantization.from_checkpoint({"activation_scheme": "static"}, source)
-    with pytest.raises(CheckpointError, match=rf"'a.{missing}' is missing, although model.safetensors"):
-        quantization.linear(spec(part("a", 8), num_in=16), source.loader())
-
-
-def test_wrong_shapes_show_both(tmp_path):
-    tensors, settings = gptq_case()
-    source = Tensors({**tensors, "a.scales": torch.ones(3, 8)})
-    with pytest.raises(CheckpointError, match=r"'a.scales' in model.safetensors has the shape \[3, 8\].*\[2, 8\]"):
-        GPTQ.from_checkpoint(settings, source).linear(spec(part("a", 8), num_in=64), source.loader())
-
-
-def test_a_group_that_does_not_exist_is_refused():
-    tensors, settings = gptq_case()
-    source = Tensors({**tensors, "a.g_idx": torch.full((64,), 7, dtype=torch.int32)})
-    with pytest.raises(CheckpointError, match=r"'a.g_idx' in model.safetensors names groups outside 0 to 1"):
-        GPTQ.from_checkpoint(settings, source).linear(spec(part("a", 8), num_in=64), source.loader())
-
-
-def test_act_order_on_a_sharded_row_is_refused():
-    groups = torch.arange(64) % 2
-    tensors, _ = gptq_part("a", 1, 64, 8, groups)
-    source = Tensors(tensors)
-    quantization = GPTQ.from_checkpoint({"bits": 4, "group_size": 32, "sym": False}, source)
-    with pytest.raises(CheckpointError, match=r"'a.g_idx' in .* --tensor-parallel-size 1"):
-        quantization.linear(spec(part("a", 8), num_in=64, columns=slice(0, 32)), source.loader())
-
-
-def test_a_bias_where_the_architecture_has_none_must_be_zero():
-    tensors, settings = gptq_case()
-    source = Tensors({**tensors, "a.bias": torch.ones(8)})
-    with pytest.raises(CheckpointError, match=r"'a.bias' is not zero"):
-        GPTQ.from_checkpoint(settings, source).linear(spec(part("a", 8), num_in=64), source.loader())
-
-
-def test_a_truncated_file_is_named(tmp_path):
-    source = FIXTURES / "gptqmodel-v2-asym-g64"
-    (tmp_path / "config.json").write_bytes((source / "config.json").read_bytes())
-    (tmp_path / "model.safetensors").write_bytes((source / "model.safetensors").read_bytes()[:-1000])
-    with pytest.raises(CheckpointError, match=r"model.safetensors is not a complete safetensors file.*fetch it again"):
-        LoadedModel(tmp_path)

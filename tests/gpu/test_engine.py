@@ -103,6 +103,16 @@ def test_drafts_are_verified_in_captured_steps(tiny_llama: Path) -> None:
     assert any(shape.every_token for shape in with_drafts.runner.graphs.captured)
 
 
+def test_a_draft_model_beside_the_target_changes_nothing(tiny_llama: Path) -> None:
+    longer = SamplingParams(temperature=0.0, max_tokens=60)
+    speculative = SpeculativeConfig(model=str(tiny_llama), dtype="float16", num_tokens=3, fixed=True)
+    drafting = engine(tiny_llama, dtype="float16", speculative=speculative)
+    assert generate(drafting, longer) == generate(engine(tiny_llama, dtype="float16"), longer)
+    runner = drafting._speculation._drafter._runner  # type: ignore[attr-defined]
+    assert runner.graphs is not None
+    assert any(shape.every_token for shape in runner.graphs.captured)
+
+
 @pytest.mark.parametrize("enforce_eager", [False, True])
 def test_a_launch_never_waits_for_the_device(tiny_llama: Path, enforce_eager: bool) -> None:
     busy = engine(tiny_llama, enforce_eager=enforce_eager)

@@ -320,6 +320,7 @@ def main() -> None:
     result = {"api": measure_api(args)} if args.part == "api" else {"rates": measure_rates(args)}
     if args.save is not None:
         arguments = {name: value for name, value in vars(args).items() if name != "save"}
+        arguments["rates"] = [f"{rate:g}" for rate in args.rates]  # infinity is no JSON
         report.save(args.save, f"benchmarks/server.py {args.part}", arguments, result)
 
 

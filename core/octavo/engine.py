@@ -184,7 +184,7 @@ class Engine:
         if reason is not None:
             output.finish_reason = reason
             output.stop_token_id = request.stop_token_id
-        if reason is not None or request.num_output == len(token_ids) > 0:
+        if reason is not None or (token_ids and len(request.tokens) == request.num_prompt + len(token_ids)):
             output.timing = Timing(
                 request.arrival,
                 request.scheduled_at,

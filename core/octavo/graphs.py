@@ -12,7 +12,7 @@ import enum
 import logging
 import time
 from collections.abc import Callable, Collection, Iterator
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import torch
@@ -103,9 +103,14 @@ reads them, or logits [num_logits, vocab_size] for :attr:`Choice.LOGITS`."""
 
 
 class StepShapes:
-    """Which shapes there are: close together where padding costs, few where it does not."""
+    """Which shapes there are: close together where padding costs, few where it does not.
 
-    def __init__(self, max_num_seqs: int) -> None:
+    ``max_row_tokens``: rows of up to so many tokens come often, as drafts are verified.
+    """
+
+    MAX_SHORT_TOKENS: ClassVar[int] = 1024  # starting the kernels of a larger step takes less than running them
+
+    def __init__(self, max_num_seqs: int, max_row_tokens: int = 1) -> None:
         sizes = [1, 2, 4, *range(8, 64, 8), *range(64, 256, 16), *range(256, max_num_seqs, 64)]
         self._rows = [*(size for size in sizes if size < max_num_seqs), max_num_seqs]
         decodes = [*(size for size in (16, 64, 128, 192) if size < max_num_seqs), min(max_num_seqs, 256)]
@@ -113,10 +118,21 @@ class StepShapes:
         prompts = (64, 128, 192, 256, 384, 512)
         self._mixed = [StepShape(rows, 4, tokens, tokens) for tokens in prompts for rows in (0, *decodes)]
         self._mixed.sort(key=lambda shape: shape.num_tokens)
+        self._max_row_tokens = max_row_tokens
+        # room for all rows to have the most tokens, or two, or something in between
+        lengths = sorted({2, (max_row_tokens + 2) // 2, max_row_tokens}) if max_row_tokens > 1 else []
+        sizes = [*(size for size in (1, 2, 4, 8, 16, 32, 48, 64, 96, 128, 192) if size < max_num_seqs), self._rows[-1]]
+        self._short = [
+            StepShape(0, size, size * length, max_row_tokens, every_token=True)
+            for size in sizes
+            for length in lengths
+            if size * length <= self.MAX_SHORT_TOKENS
+        ]
+        self._short.sort(key=lambda shape: shape.num_tokens)
 
     def usual(self) -> Iterator[StepShape]:
         """Those that are worth capturing at once, the largest first: the others find their memory in its pool."""
-        shapes = [*(StepShape(size) for size in self._rows), *self._mixed]
+        shapes = [*(StepShape(size) for size in self._rows), *self._mixed, *self._short]
         return iter(sorted(shapes, key=lambda shape: -shape.num_tokens))
 
     @property
@@ -128,8 +144,10 @@ class StepShapes:
         """The smallest shape with room for the step; None if there is none."""
         num_rows, num_decodes = len(rows.slots), rows.num_decodes
         num_longer, num_tokens = num_rows - num_decodes, len(rows.positions) - num_decodes
+        if num_longer and rows.query_lens.max() <= self._max_row_tokens and len(rows.sampled):
+            return self._find_short(num_rows, len(rows.positions), choice)
         if rows.has_drafts:
-            return self._verification(rows, choice)
+            return None  # beside prompts
         if not num_longer:
             # every row must decide a token: one that does not is a prompt's, and rare
             if len(rows.sampled) < num_rows or num_rows > self._rows[-1]:
@@ -144,13 +162,11 @@ class StepShapes:
                 return shape._replace(choice=choice)
         return None
 
-    def _verification(self, rows: RowArrays, choice: Choice) -> StepShape | None:
-        """As many tokens for each row as the longest has: rows with fewer drafts leave padding. Not beside prompts."""
-        num_rows, longest = len(rows.slots), int(rows.query_lens.max())
-        if len(rows.sampled) < len(rows.positions) or num_rows > self._rows[-1] or choice is Choice.LOGITS:
-            return None
-        size = self._rows[bisect.bisect_left(self._rows, num_rows)]
-        return StepShape(0, size, size * longest, longest, every_token=True, choice=choice)
+    def _find_short(self, num_rows: int, num_tokens: int, choice: Choice) -> StepShape | None:
+        for shape in self._short:
+            if shape.num_rows >= num_rows and shape.num_tokens >= num_tokens:
+                return shape._replace(choice=choice)
+        return None
 
 
 class StepGraphs:

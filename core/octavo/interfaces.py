@@ -7,7 +7,7 @@ prefix cache, a scheduling policy, a drafter or a logits processor is here or in
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self, runtime_checkable
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from octavo.batch import ForwardBatch
-    from octavo.config import EngineConfig
+    from octavo.config import DType, EngineConfig
     from octavo.layers.attention import Attention, ForwardContext
     from octavo.layers.builder import Builder
     from octavo.request import Request, SamplingParams
@@ -109,6 +109,35 @@ class Model(Protocol):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden [num_rows, hidden_size] -> logits [num_rows, vocab_size] in any floating dtype."""
+        ...
+
+
+@runtime_checkable
+class ObservedModel(Model, Protocol):
+    """A model that shows its hidden states (:meth:`octavo.layers.attention.ForwardContext.record`), so that a drafter
+    can build on them."""
+
+    num_layers: int
+    hidden_size: int
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        """tokens [num_tokens] int -> [num_tokens, hidden_size], what goes into the first layer."""
+        ...
+
+
+class HiddenStateRecorder(Protocol):
+    """Keeps hidden states of the target for each token, in blocks as keys and values are kept: so they are there for
+    whatever the prefix cache finds or a fork shares."""
+
+    layers: Collection[int]  # whose inputs; the number of layers stands for what the model returns
+
+    def start(self, num_blocks: int) -> Tensor:
+        """Take the memory. Returns it as [num_blocks, …]: a block that is copied is copied there, too."""
+        ...
+
+    def record(self, layer: int, hidden: Tensor, batch: ForwardBatch) -> None:
+        """hidden [num_tokens, hidden_size], valid during the call only, of the batch's tokens, which have their place
+        at ``batch.slots``. Called for the layers in ascending order; may be captured in a CUDA graph."""
         ...
 
 
@@ -361,8 +390,16 @@ class LoadedModel(Protocol):
         """Of all its layers' caches together."""
         ...
 
-    def make_runner(self, num_blocks: int) -> Runner:
-        """What runs it: caches of ``num_blocks`` blocks, a slot for every running request, plain sampling."""
+    @property
+    def model(self) -> Model: ...
+
+    def make_runner_beside(self, target: Runner, *, max_row_tokens: int = 2, shift: int = 0) -> Runner:
+        """What runs it on the target's requests, in their slots: it reads and writes the same tokens on the device, and
+        its caches lie in blocks of the same numbers. It always takes the most likely token.
+
+        Steps of up to ``max_row_tokens`` tokens a row come often. With a ``shift`` of 1 a sequence begins with its
+        second token: at each position stands the token after it.
+        """
         ...
 
 
@@ -370,13 +407,35 @@ class DrafterContext(Protocol):
     """What a drafter may know and use of the engine that it is made for."""
 
     checkpoint: Checkpoint  # of the target, the model that verifies
+    dtype: DType  # of its activations
     vocab_size: int
     block_size: int
     max_model_len: int
     max_num_batched_tokens: int
 
-    def load_model(self, model: str, *, dtype: str = "auto", quantization: str | None = None) -> LoadedModel:
+    def observed_model(self) -> ObservedModel:
+        """The target, to build on its hidden states.
+
+        Raises:
+            ConfigError: it does not show them.
+        """
+        ...
+
+    def record(self, recorder: HiddenStateRecorder) -> None:
+        """Have the target show its hidden states to ``recorder`` from its first step on."""
+        ...
+
+    def load_model(
+        self,
+        model: str,
+        *,
+        dtype: str = "auto",
+        quantization: str | None = None,
+        make: Callable[[Mapping[str, Any], Builder], Model] | None = None,
+    ) -> LoadedModel:
         """Another model, through the same plugins, kernels and backends as the target. A folder or a file.
+
+        ``make`` builds it from its configuration, instead of the class that its ``architectures`` name.
 
         Raises:
             ConfigError: it cannot be served; says why and what to change.
@@ -395,15 +454,17 @@ class Drafter(Protocol):
     def __init__(self, config: EngineConfig, context: DrafterContext) -> None:
         """Load whatever has weights; raises ConfigError, saying what to change, if it cannot work so."""
 
-    def start(self, num_blocks: int) -> None:
-        """Take the memory: the target has this many blocks. Once, before the first draft."""
+    def start(self, target: Runner) -> None:
+        """Take the memory, for ``target.num_blocks`` blocks. Once, before the first draft."""
         ...
 
-    def draft(self, requests: Sequence[Request], limits: Sequence[int]) -> list[list[int]]:
-        """Up to ``limits[i]`` guesses for what follows ``requests[i].tokens``; may be fewer or none.
+    def draft(self, requests: Sequence[Request], limits: Sequence[int]) -> Sequence[list[int] | None]:
+        """Up to ``limits[i]`` guesses for what follows ``requests[i].tokens``; may be fewer or none. None instead of a
+        list: there will be guesses after another call or more, so that their absence says nothing of their quality.
 
-        All tokens of the requests are on the host, all requests hold a slot, and none of them changes here. Between
-        two calls a request may have grown by any number of tokens, and may have changed its slot.
+        All tokens of the requests are on the host, all requests hold a slot and blocks for their tokens and as many
+        guesses, and none of them changes here. Between two calls a request may have grown by any number of tokens, and
+        may have been preempted (``num_preemptions``): then its slot and its blocks are others.
         """
         ...
 

@@ -97,6 +97,7 @@ class StepStats(msgspec.Struct, array_like=True):
     num_accepted_tokens: int = 0
     accepted_per_position: list[int] = []
     step_seconds: float = 0.0
+    seconds_saved: float = 0.0  # by drafts, as far as is known; less than 0: lost
 
 
 class StepOutputs(msgspec.Struct, tag="outputs"):

@@ -6,6 +6,7 @@ reads the rest where it lies, and writes sampled tokens there, so that the next 
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -16,7 +17,15 @@ from torch import Tensor
 
 from octavo.batch import ForwardBatch, PlannedRow, StepPlan
 from octavo.graphs import Choice, StepGraphs, StepInputs, StepShape, StepShapes
-from octavo.interfaces import AttentionBackend, AttentionSpec, LogitsProcessor, Model, Placement, SampleRow
+from octavo.interfaces import (
+    AttentionBackend,
+    AttentionSpec,
+    HiddenStateRecorder,
+    LogitsProcessor,
+    Model,
+    Placement,
+    SampleRow,
+)
 from octavo.layers.attention import ForwardContext
 from octavo.messages import TokenLogprobs
 from octavo.request import Request
@@ -61,6 +70,12 @@ class DeviceTable:
             self._host[row, start : start + len(values)] = values
         elif len(values):
             self._staged.append((row, start, values))
+
+    def shifted(self, num_columns: int) -> DeviceTable:
+        """The same memory without the first columns, to be read and written on the device only."""
+        table = copy.copy(self)
+        table.tensor = self.tensor[:, num_columns:]
+        return table
 
     def flush(self) -> None:
         """One transfer for everything staged."""
@@ -132,21 +147,37 @@ class Runner:
         processors: Sequence[LogitsProcessor] = (),
         sample: TorchSample,
         use_graphs: bool = False,
+        num_drafts: int = 0,
+        recorder: HiddenStateRecorder | None = None,
+        beside: Runner | None = None,
+        shift: int = 0,
     ) -> None:
+        """Of a row's tokens ``num_drafts`` are drafts at most. ``recorder`` sees the model's hidden states.
+
+        A runner ``beside`` another shares its slots, and so its requests, their tokens and block tables; it always
+        takes the most likely token. With a ``shift`` it reads at each position the token so many places later.
+        """
         self.model = model
         self.backend = backend
         self.placement = placement
         self.block_size = block_size
         self.processors = processors
+        self.num_blocks = num_blocks
+        self._beside = beside
         self._sample = sample
         self._max_model_len = max_model_len
         device = placement.device
         # a graph's padding has a slot and a block of its own, the last ones
         spare = int(use_graphs)
         self.kv = [_zeros(backend.kv_shape(spec, num_blocks + spare), kv_dtype, device) for spec in specs]
-        # one column more than a sequence can have tokens: the last sampled token of a full one lands there
-        self._tokens = DeviceTable(max_num_seqs + spare, max_model_len + 1, torch.int64, device)
-        self._blocks = DeviceTable(max_num_seqs + spare, -(-max_model_len // block_size) + 1, torch.int32, device)
+        self._recorder = recorder
+        self._paged = self.kv if recorder is None else [*self.kv, recorder.start(num_blocks + spare)]
+        if beside is None:
+            # one column more than a sequence can have tokens: the last sampled token of a full one lands there
+            self._tokens = DeviceTable(max_num_seqs + spare, max_model_len + 1, torch.int64, device)
+            self._blocks = DeviceTable(max_num_seqs + spare, -(-max_model_len // block_size) + 1, torch.int32, device)
+        else:
+            self._tokens, self._blocks = beside._tokens.shifted(shift), beside._blocks
         self._sampling = SamplingTable(max_num_seqs, vocab_size)
         self._owners: list[Request | None] = [None] * max_num_seqs
         self._epochs = [0] * max_num_seqs
@@ -159,15 +190,8 @@ class Runner:
         if use_graphs:
             self._blocks.write(max_num_seqs, 0, [num_blocks])
             self._blocks.flush()
-            graphs = StepGraphs(self._step, StepShapes(max_num_seqs), max_num_seqs, device)
+            graphs = StepGraphs(self._step, StepShapes(max_num_seqs, 1 + num_drafts), max_num_seqs, device)
             self.graphs = graphs if graphs.capture_usual() else None
-
-    def correct(self, request: Request, start: int) -> None:
-        """The host knows the tokens from ``start`` on better than the device: the next step reads them so.
-
-        For who does not keep what the runner sampled; the request must hold its slot.
-        """
-        self._tokens.write(request.slot, start, request.tokens[start:])
 
     # --- the step ----------------------------------------------------------------------------------------------------
 
@@ -175,7 +199,7 @@ class Runner:
     def launch(self, plan: StepPlan) -> LaunchedStep:
         """Start a step. On a GPU this returns before the device is done; ``wait`` of the result does not."""
         self._copy_blocks(plan.copies)
-        self._upload(plan.rows)
+        (self._beside or self)._upload(plan.rows)
         rows = RowArrays.of(plan.rows)
         choice = Choice(int(self._choices[rows.slots[rows.sampled]].max(initial=Choice.LIKELIEST)))
         if self.graphs is not None and not self._wants_prompt_logprobs(rows):
@@ -183,7 +207,7 @@ class Runner:
             if shape is not None:
                 return self._replay(self.graphs, shape, plan, rows)
         batch = self._batch(rows)
-        context = ForwardContext(batch, self.backend, self.backend.plan(batch), self.kv)
+        context = ForwardContext(batch, self.backend, self.backend.plan(batch), self.kv, self._recorder)
         hidden = self.model.forward(batch.tokens, batch.positions, context)
         prompt_logprobs = self._prompt_logprobs(plan.rows, rows, hidden)
         if not len(rows.logit_tokens):
@@ -209,7 +233,9 @@ class Runner:
         if shape.choice is not Choice.LOGITS:
             return self._launched(plan, rows, output, None, (), {})
         tokens, logprobs, entries = self._choose(plan.rows, rows, output, shape.choice)
-        self._keep(rows, tokens)
+        drafts = self._keep(rows, tokens)
+        if rows.has_drafts:
+            tokens = accept(tokens, drafts, _to_device(rows.first_sampled, self.placement.device))
         return self._launched(plan, rows, tokens, logprobs, entries, {})
 
     def _keep(self, rows: RowArrays, tokens: Tensor) -> Tensor:
@@ -251,7 +277,7 @@ class Runner:
         if not copies:
             return
         pairs = _to_device(np.array(copies, np.int64), self.placement.device)
-        for cache in self.kv:
+        for cache in self._paged:
             cache[pairs[:, 1]] = cache[pairs[:, 0]]
 
     def _upload(self, rows: Sequence[PlannedRow]) -> None:
@@ -313,7 +339,7 @@ class Runner:
             max_seq_len=self._max_model_len,
             num_decodes=shape.num_decodes,
         )
-        context = ForwardContext(batch, self.backend, self.backend.plan(batch), self.kv)
+        context = ForwardContext(batch, self.backend, self.backend.plan(batch), self.kv, self._recorder)
         hidden = self.model.forward(batch.tokens, positions, context)
         decides = shape.num_logits < shape.num_tokens  # otherwise every token does, in order
         logits = self.model.logits(hidden[inputs.logit_rows] if decides else hidden)
@@ -354,7 +380,7 @@ class Runner:
             positions=positions,
             query_start=query_start.to(torch.int32),
             seq_lens=seq_lens.to(torch.int32),
-            block_tables=tables[slots, : -(-max_seq_len // self.block_size)],
+            block_tables=tables[slots, : max_seq_len // self.block_size + 1],  # the next token's place is among them
             slots=block.long() * self.block_size + positions % self.block_size,
             logit_rows=logit_rows,
             max_query_len=int(rows.query_lens.max()),

@@ -95,8 +95,8 @@ class Scheduler:
         Empty when nobody can go on: nothing is left to do, or what is in flight must be settled first.
         """
         draft = _Draft(self.max_num_batched_tokens)
-        self._plan_running(draft)
-        self._plan_prompts(draft)
+        prompts = self._plan_decodes(draft)
+        self._plan_prompts(draft, prompts)
         return draft.plan()
 
     def settle(self, plan: StepPlan, sampled: Sequence[list[int]]) -> list[SettledRow]:
@@ -130,11 +130,20 @@ class Scheduler:
 
     # --- planning ----------------------------------------------------------------------------------------------------
 
-    def _plan_running(self, draft: _Draft) -> None:
+    def _plan_decodes(self, draft: _Draft) -> list[Request]:
+        """Plan the next token of everyone who has one to compute; returns the prompts that are under way."""
         block_size = self.blocks.block_size
+        prompts = []
         for request in tuple(self.running.values()):
             num_known = request.num_known
-            if num_known - request.num_computed != 1 or not _can_go_on(request):
+            num_missing = num_known - request.num_computed
+            if num_missing == 0 or num_known >= request.max_total_tokens:
+                continue
+            # Its newest token may be on the device only; and how many drafts were accepted, only their settling tells.
+            if request.num_pending and (request.needs_history or request.drafts):
+                continue
+            if num_missing > 1:
+                prompts.append(request)
                 continue
             if request.state is not RequestState.RUNNING or draft.budget == 0:
                 continue  # it gave way to one before it
@@ -142,12 +151,12 @@ class Scheduler:
                 request.drafts = request.drafts[: draft.budget - 1]
             end = num_known + len(request.drafts)
             if end <= len(request.blocks) * block_size or self._make_room(request, end, draft):
-                draft.add(request, 1, request.drafts)
+                draft.add(request, 1, True, request.drafts)
+        return prompts
 
-    def _plan_prompts(self, draft: _Draft) -> None:
+    def _plan_prompts(self, draft: _Draft, prompts: Sequence[Request]) -> None:
         """Each prompt first gets at most a share of the budget, in order of admission, so that several long prompts
         advance together and short ones pass; what is left then goes to the first that can use it."""
-        prompts = [request for request in self.running.values() if request.is_prefilling and _can_go_on(request)]
         budget = draft.budget
         share = max(1, budget // self.max_num_partial_prefills)
         grants: dict[Request, int] = {}
@@ -166,7 +175,8 @@ class Scheduler:
         for request in prompts:
             if budget == 0:
                 break
-            grant(request, share)
+            if request.state is RequestState.RUNNING:  # it may have given way meanwhile
+                grant(request, share)
         # Who has just given way must not see others walk in: they would take the blocks it is waiting for.
         for request in [] if draft.num_preempted else list(self.waiting):
             if budget == 0 or not self._free_slots:
@@ -183,7 +193,7 @@ class Scheduler:
             grant(request, share)
         for request in grants:
             grant(request, budget)
-            draft.add(request, grants[request])
+            draft.add(request, grants[request], grants[request] == request.num_to_compute)
 
     def _make_room(self, request: Request, num_tokens: int, draft: _Draft) -> bool:
         """Reserve blocks for ``num_tokens`` tokens, preempting others if need be; False if it gave way itself."""
@@ -262,24 +272,23 @@ class Scheduler:
         request = row.request
         current = row.epoch == request.num_preemptions  # not preempted since the step was launched
         num_computed = row.end
-        if row.samples:
-            request.num_pending -= 1
+        request.num_pending -= row.samples
+        if row.drafts:
             num_computed += len(tokens) - 1 - len(row.drafts)
-        if row.drafts and current:
-            request.drafts = []
-            request.num_computed = num_computed
+            if current:
+                request.drafts = []
+                request.num_computed = num_computed
         reason = None
         for count, token in enumerate(tokens, 1):
             reason = request.append(token)
             if reason is not None:
                 tokens = tokens[:count]
+                num_computed = min(num_computed, len(request.tokens))
                 break
-        if current:
-            num_computed = min(num_computed, len(request.tokens))
-            if num_computed >= (request.num_stored + 1) * self.blocks.block_size:
-                request.num_stored = self.blocks.store(
-                    request.tokens, request.blocks, request.num_stored, num_computed, request.salt
-                )
+        if current and num_computed >= (request.num_stored + 1) * self.blocks.block_size:
+            request.num_stored = self.blocks.store(
+                request.tokens, request.blocks, request.num_stored, num_computed, request.salt
+            )
         if not request.first_token_at and tokens:
             request.first_token_at = time.monotonic()
         if reason is not None:
@@ -306,14 +315,6 @@ class Scheduler:
         self.blocks.release(request.blocks)
         self._free_slots.append(request.slot)
         request.slot = -1
-
-
-def _can_go_on(request: Request) -> bool:
-    """Whether the next token can be computed now, given what is in flight."""
-    if request.num_pending == 0:
-        return request.num_to_compute > 0 and request.may_sample
-    # Its newest token is on the device only; and how many drafts were accepted is known only when they are settled.
-    return not request.needs_history and not request.drafts and request.num_to_compute > 0 and request.may_sample
 
 
 def _can_fork(request: Request) -> bool:
@@ -349,15 +350,13 @@ class _Draft:
         self._singles: dict[Request, PlannedRow] = {}
         self._longer: dict[Request, PlannedRow] = {}
 
-    def add(self, request: Request, num_tokens: int, drafts: Sequence[int] = ()) -> None:
-        """Plan so many tokens and drafts of the request."""
+    def add(self, request: Request, num_tokens: int, samples: bool, drafts: Sequence[int] = ()) -> None:
+        """Plan so many tokens and drafts of the request; ``samples``: the last of its tokens are among them."""
         start = request.num_computed
         num_planned = num_tokens + len(drafts)
-        end = start + num_tokens
-        samples = end == request.num_known
         rows = self._singles if num_planned == 1 else self._longer
         rows[request] = PlannedRow(request, start, num_planned, samples, tuple(drafts), request.num_preemptions)
-        request.num_computed = end
+        request.num_computed = start + num_tokens
         request.num_pending += samples
         self.budget -= num_planned
 

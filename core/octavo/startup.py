@@ -6,20 +6,21 @@ import logging
 import math
 import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
 from octavo.architectures import choose_model
 from octavo.attention.registry import choose_backend
 from octavo.blocks import BlockManager
-from octavo.config import EngineConfig
+from octavo.config import DType, EngineConfig
 from octavo.engine import Engine
 from octavo.errors import CheckpointError, ConfigError
+from octavo.graphs import StepShapes
 from octavo.hooks import KernelProvider, Provider
 from octavo.interfaces import (
     AttentionBackend,
@@ -28,8 +29,10 @@ from octavo.interfaces import (
     Checkpoint,
     Drafter,
     DrafterContext,
+    HiddenStateRecorder,
     LogitsProcessor,
     Model,
+    ObservedModel,
     Placement,
 )
 from octavo.layers.activation import TorchSiluAndMul
@@ -219,7 +222,8 @@ def build_engine(resolved: Resolved) -> Engine:
 
     with clock.measure("weights"):
         target = loader.load(resolved.checkpoint, resolved.model_config, config.dtype, config.quantization)
-        drafter = _drafter(config, host, _DrafterContext(loader, target, max_num_batched_tokens))
+        context = _DrafterContext(loader, target, max_num_batched_tokens)
+        drafter = _drafter(config, host, context)
     logger.info("weights: %.2f GiB on %s, %s", target.weight_bytes / GIB, device, target.placement.dtype)
     logger.info("kernels: %s", ", ".join(f"{op}: {'/'.join(sorted(k))}" for op, k in sorted(operations.log.items())))
     for operation, reasons in sorted(operations.passed_over.items()):
@@ -242,7 +246,15 @@ def build_engine(resolved: Resolved) -> Engine:
         )
         logger.info(budget.table())
     with clock.measure("graphs"):
-        runner = target.make_runner(budget.num_blocks, processors, use_graphs=use_graphs)
+        runner = target.make_runner(
+            budget.num_blocks,
+            processors,
+            use_graphs=use_graphs,
+            num_drafts=num_drafts,
+            recorder=context.recorder,
+        )
+        if drafter is not None:
+            drafter.start(runner)
 
     scheduler = Scheduler(
         BlockManager(budget.num_blocks, config.block_size, _prefix_cache(config, host)),
@@ -253,7 +265,6 @@ def build_engine(resolved: Resolved) -> Engine:
     )
     speculation = None
     if drafter is not None:
-        drafter.start(budget.num_blocks)
         _check_speculation(processors)
         controller = FixedController(num_drafts) if config.speculative.fixed else AdaptiveController(num_drafts)
         speculation = Speculation(drafter, controller, scheduler, num_drafts)
@@ -298,7 +309,15 @@ class _LoadedModel:
     sample: Any
 
     def make_runner(
-        self, num_blocks: int, processors: Sequence[LogitsProcessor] = (), *, use_graphs: bool = False
+        self,
+        num_blocks: int,
+        processors: Sequence[LogitsProcessor] = (),
+        *,
+        use_graphs: bool = False,
+        num_drafts: int = 0,
+        recorder: HiddenStateRecorder | None = None,
+        beside: Runner | None = None,
+        shift: int = 0,
     ) -> Runner:
         assert self.config.max_model_len is not None
         return Runner(
@@ -315,6 +334,16 @@ class _LoadedModel:
             processors=processors,
             sample=self.sample,
             use_graphs=use_graphs,
+            num_drafts=num_drafts,
+            recorder=recorder,
+            beside=beside,
+            shift=shift,
+        )
+
+    def make_runner_beside(self, target: Runner, *, max_row_tokens: int = 2, shift: int = 0) -> Runner:
+        use_graphs = target.graphs is not None and self.backend.capturable
+        return self.make_runner(
+            target.num_blocks, use_graphs=use_graphs, num_drafts=max_row_tokens - 1, beside=target, shift=shift
         )
 
 
@@ -328,7 +357,12 @@ class _ModelLoader:
     operations: Operations
 
     def load(
-        self, checkpoint: Checkpoint, model_config: Mapping[str, Any], dtype: str, quantization: str | None
+        self,
+        checkpoint: Checkpoint,
+        model_config: Mapping[str, Any],
+        dtype: str,
+        quantization: str | None,
+        make: Callable[[Mapping[str, Any], Builder], Model] | None = None,
     ) -> _LoadedModel:
         config, host, device = self.config, self.host, self.device
         assert config.max_model_len is not None
@@ -344,7 +378,7 @@ class _ModelLoader:
                 f"--batch-invariant does not cover quantized weights ({method.name}); leave one of them out"
             )
         build = Builder(load, max_model_len=config.max_model_len, quantization=method)
-        model = choose_model(model_config, host.models())(model_config, build)
+        model = (make or choose_model(model_config, host.models()))(model_config, build)
         first = build.attention_specs[0]
         kv_dtype = choose_kv_dtype(config.kv_cache_dtype, placement.dtype)
         need = AttentionNeed(
@@ -386,15 +420,36 @@ class _DrafterContext:
         assert loader.config.max_model_len is not None
         self._loader = loader
         self.checkpoint = target.checkpoint
+        self._model = target.model
+        self.dtype = cast("DType", str(target.placement.dtype).removeprefix("torch."))
+        self.recorder: HiddenStateRecorder | None = None
         self.vocab_size = target.vocab_size
         self.block_size = loader.config.block_size
         self.max_model_len = loader.config.max_model_len
         self.max_num_batched_tokens = max_num_batched_tokens
 
-    def load_model(self, model: str, *, dtype: str = "auto", quantization: str | None = None) -> _LoadedModel:
+    def observed_model(self) -> ObservedModel:
+        if not isinstance(self._model, ObservedModel):
+            raise ConfigError(
+                f"{type(self._model).__name__} does not show its hidden states, which this drafter builds on; use "
+                f"--speculative-method ngram, or draft-model with a small model of the same family"
+            )
+        return self._model
+
+    def record(self, recorder: HiddenStateRecorder) -> None:
+        self.recorder = recorder
+
+    def load_model(
+        self,
+        model: str,
+        *,
+        dtype: str = "auto",
+        quantization: str | None = None,
+        make: Callable[[Mapping[str, Any], Builder], Model] | None = None,
+    ) -> _LoadedModel:
         formats = [provider.resolve() for provider in self._loader.host.weight_formats().values()]
         checkpoint = open_checkpoint(resolve_model_path(model), formats)
-        return self._loader.load(checkpoint, checkpoint.config(), dtype, quantization)
+        return self._loader.load(checkpoint, checkpoint.config(), dtype, quantization, make)
 
 
 # --- the parts -------------------------------------------------------------------------------------------------------
@@ -451,7 +506,11 @@ def _measure_activations(
     if not use_graphs:
         return Activations(peak)
     decode = decode_step(config.max_num_seqs, config.block_size)
-    return Activations(peak, measure_peak(device, lambda: runner.launch(decode)) + GRAPHS_RESERVE)
+    graphs = measure_peak(device, lambda: runner.launch(decode))
+    if num_drafts:  # a captured step with drafts has more tokens, and a draft model has graphs of its own
+        num_tokens = min(config.max_num_seqs * (1 + num_drafts), StepShapes.MAX_SHORT_TOKENS)
+        graphs += graphs * num_tokens // config.max_num_seqs
+    return Activations(peak, graphs + GRAPHS_RESERVE)
 
 
 def estimate_activations(

@@ -222,16 +222,3 @@ def test_a_forbidden_sequence_is_seen_through_drafts() -> None:
     assert len(tokens) == 2
     assert tokens[0] == best
     assert tokens[1] == int(TABLE[best].topk(2).indices[1])
-
-
-def test_the_host_can_overrule_the_devices_tokens() -> None:
-    params = SamplingParams(max_tokens=8, temperature=0.0)
-    runner = make_runner(1)
-    request = Request("r", PROMPT, params, seed=0, max_total_tokens=12)
-    request.slot, request.blocks = 0, [0, 1, 2]
-    runner.launch(StepPlan([PlannedRow(request, 0, 2, True)])).wait()
-    for other in range(VOCAB_SIZE):
-        request.tokens[2:] = [other]
-        runner.correct(request, 2)
-        ((token_id,),) = runner.launch(StepPlan([PlannedRow(request, 2, 1, True)])).wait().token_ids
-        assert token_id == int(TABLE[other].argmax())

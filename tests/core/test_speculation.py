@@ -13,6 +13,7 @@ from tests.core.test_scheduler import make_request, make_scheduler
 from octavo.batch import StepPlan
 from octavo.messages import StepStats
 from octavo.request import Request
+from octavo.runner import Runner
 from octavo.scheduler import Scheduler
 from octavo.speculation import AdaptiveController, FixedController, Speculation
 
@@ -51,7 +52,7 @@ class Machine:
             if limit:
                 controller.observe(sequence, limit, num_accepted)
         seconds = self.base + self.slope * (size + sum(limits)) + self.draft * level
-        controller.measure(size, sum(limits), seconds, num_new)
+        controller.measure(limits, seconds, num_new)
         self.seconds += seconds
         self.num_tokens += num_new
         self.levels.append(level)
@@ -75,6 +76,21 @@ def test_useless_drafts_cost_at_most_two_percent() -> None:
     machine = Machine([0.0] * 4, draft=3.0)
     assert machine.run(AdaptiveController(MAX_TOKENS), 2000) > 0.98
     assert np.mean(np.array(machine.levels[100:]) == 0) > 0.9
+
+
+def test_useless_drafts_are_tried_for_few_sequences() -> None:
+    machine = Machine([0.0] * 64, draft=1.0)
+    machine.run(AdaptiveController(MAX_TOKENS), 100)
+    num_asked = [sum(limit > 0 for limit in limits) for limits in machine.limits]
+    assert 0 < max(num_asked) <= AdaptiveController.TRIAL_SEQUENCES
+
+
+def test_trials_go_round() -> None:
+    """A good sequence among bad ones is found."""
+    machine = Machine([0.0] * 15 + [0.95], base=4.0, slope=0.3, draft=0.01)
+    machine.run(AdaptiveController(MAX_TOKENS), 4000)
+    tried = {index for limits in machine.limits for index, limit in enumerate(limits) if limit}
+    assert tried == set(range(16))
 
 
 def test_good_drafts_that_cost_too_much_are_not_asked_for() -> None:
@@ -114,6 +130,14 @@ def test_sequences_whose_drafts_are_right_get_more_than_others() -> None:
     limits = np.array([limits for limits in machine.limits[100:] if max(limits) == MAX_TOKENS])
     assert limits[:, :4].mean() > 3.5
     assert limits[:, 4:].mean() < 1.5
+
+
+def test_a_machine_that_has_become_faster_makes_no_drafts_good() -> None:
+    """Others left it, so that steps with drafts take less than plain ones did."""
+    controller, machine = AdaptiveController(MAX_TOKENS), Machine([0.0] * 4, draft=1.0)
+    machine.run(controller, 200)
+    machine.base, machine.draft = machine.base / 4, machine.draft / 4
+    assert machine.run(controller, 200) > 0.98
 
 
 def test_each_batch_size_has_its_own_measurements() -> None:
@@ -175,13 +199,15 @@ class Counting:
     def __init__(self) -> None:
         self.asked: list[dict[str, int]] = []
         self.released: list[str] = []
+        self.not_ready: set[str] = set()
 
-    def start(self, num_blocks: int) -> None:
+    def start(self, target: Runner) -> None:
         pass
 
-    def draft(self, requests: Sequence[Request], limits: Sequence[int]) -> list[list[int]]:
+    def draft(self, requests: Sequence[Request], limits: Sequence[int]) -> list[list[int] | None]:
         self.asked.append({r.request_id: limit for r, limit in zip(requests, limits, strict=True)})
-        return [list(range(1, limit + 1)) for limit in limits]
+        guesses = (list(range(1, limit + 1)) for limit in limits)
+        return [None if r.request_id in self.not_ready else g for r, g in zip(requests, guesses, strict=True)]
 
     def release(self, request: Request) -> None:
         self.released.append(request.request_id)
@@ -276,6 +302,37 @@ def test_counts_say_what_became_of_drafts() -> None:
     speculation.settled(drafted, plan, settled, stats, 0.1)
     assert (stats.num_drafts, stats.num_draft_tokens, stats.num_accepted_tokens) == (2, 6, 2)
     assert stats.accepted_per_position == [1, 1, 0]
+
+
+def test_what_drafts_save_is_estimated_from_plain_steps() -> None:
+    controller = AdaptiveController(MAX_TOKENS)
+    assert [controller.measure([0, 0], 2.0, 2) for _ in range(4)] == [0.0] * 4
+    assert controller.measure([4, 4], 5.0, 6) == pytest.approx(1.0)  # three plain steps would have taken 6
+    assert controller.measure([4, 4], 5.0, 2) == pytest.approx(-3.0)
+
+
+def test_a_drafter_that_is_not_ready_is_not_held_against_the_sequence() -> None:
+    scheduler = make_scheduler()
+    speculation, drafter = speculate(scheduler)
+    for name in "ab":
+        scheduler.add(make_request(name, 4, 10))
+    prefill(scheduler)
+    drafter.not_ready = {"b"}
+    drafted = speculation.draft()
+    assert drafted is not None
+    assert {request.request_id: limit for request, limit in drafted.limits.items()} == {"a": 3}
+    assert [len(row.drafts) for row in scheduler.schedule().rows] == [0, 3]
+
+
+def test_asking_comes_with_blocks_for_the_drafts() -> None:
+    scheduler = make_scheduler(block_size=4)
+    speculation, _ = speculate(scheduler, num_tokens=5)
+    request = make_request("a", 4, 10)
+    scheduler.add(request)
+    prefill(scheduler)
+    speculation.draft()
+    assert len(request.blocks) >= scheduler.blocks.blocks_for(len(request.tokens) + 5)
+    scheduler.check()
 
 
 def test_the_drafter_forgets_a_finished_request() -> None:

@@ -36,6 +36,8 @@ METRICS = [
     "spec_decode_num_draft_tokens_total",
     "spec_decode_num_accepted_tokens_total",
     "spec_decode_num_accepted_tokens_per_pos_total",
+    "spec_decode_acceptance_length",
+    "spec_decode_seconds_saved",
     "request_success_total",
     "iteration_tokens_total",
     "time_to_first_token_seconds",

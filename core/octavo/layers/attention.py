@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from octavo.batch import ForwardBatch
-from octavo.interfaces import AttentionBackend, AttentionSpec
+from octavo.interfaces import AttentionBackend, AttentionSpec, HiddenStateRecorder
 from octavo.layers.norm import RMSNorm
 from octavo.layers.rotary import RotaryEmbedding
 
@@ -22,6 +22,13 @@ class ForwardContext:
     backend: AttentionBackend
     plan: Any
     kv: Sequence[Tensor]  # one cache per attention layer
+    recorder: HiddenStateRecorder | None = None
+
+    def record(self, layer: int, hidden: Tensor, residual: Tensor | None = None) -> None:
+        """A model that others may build on calls this with what goes into each layer, in two parts as it travels, and
+        at last, as the layer after the last one, with what it returns: [num_tokens, hidden_size]."""
+        if self.recorder is not None and layer in self.recorder.layers:
+            self.recorder.record(layer, hidden if residual is None else hidden + residual, self.batch)
 
 
 class Attention:

@@ -27,6 +27,7 @@ class Metrics:
     def __init__(self, model_name: str) -> None:
         self.registry = CollectorRegistry()
         self._name = model_name
+        self._num_drafts = self._num_accepted = 0
 
         def gauge(name: str, text: str) -> Gauge:
             return Gauge(f"octavo:{name}", text, LABEL, registry=self.registry).labels(model_name)
@@ -61,6 +62,11 @@ class Metrics:
             (*LABEL, "position"),
             registry=self.registry,
         )
+        self.acceptance_length = gauge(
+            "spec_decode_acceptance_length", "Tokens that a sequence with drafts gets a step."
+        )
+        # not a counter: what drafts have cost is taken off
+        self.seconds_saved = gauge("spec_decode_seconds_saved", "Seconds that drafts have saved, less those they cost.")
         self.success = Counter(
             "octavo:request_success",
             "Requests that ended, by reason.",
@@ -100,6 +106,11 @@ class Metrics:
         self.accepted_tokens.inc(stats.num_accepted_tokens)
         for position, accepted in enumerate(stats.accepted_per_position):
             self.accepted_per_position.labels(self._name, position).inc(accepted)
+        self.seconds_saved.inc(stats.seconds_saved)
+        self._num_drafts += stats.num_drafts
+        self._num_accepted += stats.num_accepted_tokens
+        if stats.num_drafts:
+            self.acceptance_length.set(1.0 + self._num_accepted / self._num_drafts)
         if stats.num_prompt_tokens or stats.num_output_tokens:
             self.step_tokens.observe(stats.num_prompt_tokens + stats.num_output_tokens)
 

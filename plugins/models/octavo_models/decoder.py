@@ -192,10 +192,11 @@ class DecoderLayer:
 
 
 class CausalDecoder:
-    """Embedding, layers, norm and head: an :class:`octavo.interfaces.Model` but for its reading of ``config``."""
+    """Embedding, layers, norm and head: an :class:`octavo.interfaces.ObservedModel`, but for reading ``config``."""
 
     def __init__(self, spec: DecoderSpec, config: Mapping[str, Any], build: Builder) -> None:
         rotary = build.rotary(config, spec.head_dim)
+        self.num_layers, self.hidden_size = spec.num_layers, spec.hidden_size
         self.embedding = build.embedding("model.embed_tokens", spec.vocab_size, spec.hidden_size)
         self.layers = [
             DecoderLayer(f"model.layers.{index}", spec, build, rotary, window)
@@ -207,11 +208,17 @@ class CausalDecoder:
 
     def forward(self, tokens: Tensor, positions: Tensor, context: ForwardContext) -> Tensor:
         """See :meth:`octavo.interfaces.Model.forward`."""
-        x, residual = self.embedding(tokens), None  # type: Tensor, Tensor | None
-        for layer in self.layers:
+        x, residual = self.embed(tokens), None  # type: Tensor, Tensor | None
+        for index, layer in enumerate(self.layers):
+            context.record(index, x, residual)
             x, residual = layer(x, residual, context)
         x, _ = self.norm.add(x, residual)
+        context.record(self.num_layers, x)
         return x
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        """See :meth:`octavo.interfaces.ObservedModel.embed`."""
+        return self.embedding(tokens)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """See :meth:`octavo.interfaces.Model.logits`."""

@@ -6,11 +6,15 @@ Costs no memory on the device and almost no time, and is right wherever text is 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from octavo import EngineConfig
 from octavo.interfaces import DrafterContext
 from octavo.request import Request
 from octavo_speculative.settings import NgramSettings
+
+if TYPE_CHECKING:
+    from octavo.runner import Runner
 
 
 class NgramIndex:
@@ -60,7 +64,7 @@ class Ngram:
         self._settings = NgramSettings.of(config)
         self._indexes: dict[Request, NgramIndex] = {}
 
-    def start(self, num_blocks: int) -> None:
+    def start(self, target: Runner) -> None:
         pass
 
     def draft(self, requests: Sequence[Request], limits: Sequence[int]) -> list[list[int]]:

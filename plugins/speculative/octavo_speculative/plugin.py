@@ -1,4 +1,4 @@
-"""The plugin ``speculative``: drafts by a small model or from the sequence's own text."""
+"""The plugin ``speculative``: drafts by a small model, by heads on the target or from the sequence's own text."""
 
 from __future__ import annotations
 
@@ -7,13 +7,16 @@ from typing import Any
 from octavo import ConfigError, EngineConfig, OptionGroup, PluginInfo, Provider, hookimpl
 from octavo_speculative.settings import NgramSettings
 
-plugin = PluginInfo(api=(1, 1), summary="Speculative decoding: a draft model, or n-grams of the text so far")
+plugin = PluginInfo(
+    api=(1, 1), summary="Speculative decoding: a draft model, EAGLE heads, or n-grams of the text so far"
+)
 
 
 @hookimpl
 def octavo_drafters() -> list[Provider]:
     return [
         Provider("draft-model", "octavo_speculative.draft_model:DraftModel"),
+        Provider("eagle", "octavo_speculative.eagle:Eagle"),
         Provider("ngram", "octavo_speculative.ngram:Ngram"),
     ]
 
@@ -27,8 +30,8 @@ def octavo_options() -> list[OptionGroup]:
 def octavo_check_config(config: EngineConfig) -> None:
     speculative = config.speculative
     NgramSettings.of(config)
-    if speculative.drafter == "draft-model" and speculative.model is None:
-        raise ConfigError("speculation by draft-model needs a model; name one with --speculative-model")
+    if speculative.drafter in ("draft-model", "eagle") and speculative.model is None:
+        raise ConfigError(f"speculation by {speculative.drafter} needs a model; name one with --speculative-model")
     if speculative.drafter == "ngram":
         given = {
             "--speculative-model": speculative.model,

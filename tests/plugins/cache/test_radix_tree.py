@@ -1,7 +1,7 @@
 """Another index through the same interface, a tree of blocks: it finds and evicts the same as the chain of hashes.
 
-It is why there is no second plugin. Whoever holds a block holds those before it, and gives them up after it: so in the
-order of the free list leaves go first, and of those the least recently used, which is what a radix tree would see to.
+It is why there is no second plugin. Eviction is the free list's: whoever holds blocks gives them up last block first,
+so leaves go before what they continue, and of those the least recently used, which is what a radix tree would see to.
 """
 
 from __future__ import annotations

@@ -122,10 +122,11 @@ class Erratic:
     def observe(self, sequence: Hashable, limit: int, num_accepted: int) -> None:
         assert 0 <= num_accepted <= limit <= self._num_tokens
 
-    def measure(self, num_sequences: int, num_drafts: int, seconds: float, num_tokens: int) -> None:
-        assert 0 < num_tokens <= num_sequences + num_drafts  # one that has ended meanwhile brings none
+    def measure(self, limits: Sequence[int], seconds: float, num_tokens: int) -> float:
+        assert 0 < num_tokens <= len(limits) + sum(limits)  # one that has ended meanwhile brings none
         assert seconds > 0.0
         self._num_steps += 1
+        return 0.0
 
     def release(self, sequence: Hashable) -> None:
         pass

@@ -15,26 +15,48 @@ from tests.plugins.speculative.conftest import VOCAB_SIZE, Models, make_config, 
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from octavo import ConfigError, SamplingParams, SpeculativeConfig
+from octavo.batch import StepPlan
 from octavo.request import Request
+from octavo.runner import LaunchedStep
 from octavo_speculative.draft_model import DraftModel
 
 PARAMS = SamplingParams(temperature=0.0, max_tokens=None)
+BLOCKS_EACH = 96  # of a request: enough for the longest in blocks of one token
 
 
-def make_drafter(models: Models, num_blocks: int = 64, **options: Any) -> DraftModel:
-    """The drafter of an engine, with its own number of blocks."""
-    speculative = SpeculativeConfig(model=str(models.drafts["other"]), dtype="float32", num_tokens=4, fixed=True)
-    engine = make_engine(make_config(models, speculative, **options))
-    drafter = engine._speculation._drafter  # type: ignore[attr-defined]
-    assert isinstance(drafter, DraftModel)
-    drafter.start(num_blocks)
-    return drafter
+class Beside:
+    """A drafter beside its target, without an engine: a test plays the target."""
 
+    def __init__(self, models: Models, **options: Any) -> None:
+        speculative = SpeculativeConfig(model=str(models.drafts["other"]), dtype="float32", num_tokens=4, fixed=True)
+        engine = make_engine(make_config(models, speculative, **{"num_blocks": 8 * BLOCKS_EACH, **options}))
+        drafter = engine._speculation._drafter  # type: ignore[attr-defined]
+        assert isinstance(drafter, DraftModel)
+        self.drafter = drafter
+        self._target = engine.runner
+        self._launch = drafter._runner.launch
+        drafter._runner.launch = self._count  # type: ignore[method-assign]
+        self.num_computed = 0
 
-def make_request(name: str, tokens: Sequence[int], slot: int) -> Request:
-    request = Request(name, tokens, PARAMS, seed=0, max_total_tokens=96)
-    request.slot = slot
-    return request
+    def _count(self, plan: StepPlan) -> LaunchedStep:
+        self.num_computed += plan.num_tokens
+        return self._launch(plan)
+
+    def request(self, name: str, tokens: Sequence[int], slot: int) -> Request:
+        request = Request(name, tokens, PARAMS, seed=0, max_total_tokens=96)
+        self.place(request, slot)
+        return request
+
+    def place(self, request: Request, slot: int) -> None:
+        """Give the request a slot and the blocks that nobody else has."""
+        request.slot = slot
+        first = slot * BLOCKS_EACH
+        request.blocks = list(range(first, first + BLOCKS_EACH // self._target.block_size))
+
+    def draft(self, requests: Sequence[Request], limits: Sequence[int]) -> list[list[int] | None]:
+        for request in requests:  # the target has sampled them there
+            self._target._tokens.write(request.slot, 0, request.tokens)
+        return self.drafter.draft(requests, limits)
 
 
 @pytest.fixture(scope="session")
@@ -57,17 +79,17 @@ def test_drafts_are_the_draft_models_own_continuation(
     models: Models, reference: LlamaForCausalLM, data: st.DataObject
 ) -> None:
     """Whatever became of earlier drafts, however many steps went by, and wherever the requests have moved."""
-    drafter = make_drafter(models, num_blocks=256, block_size=data.draw(st.sampled_from([1, 4])))
+    beside = Beside(models, block_size=data.draw(st.sampled_from([1, 4])))
     source = random.Random(data.draw(st.integers(0, 1000)))
-    requests = [make_request(f"r{i}", source.choices(range(VOCAB_SIZE), k=3 + 4 * i), i) for i in range(3)]
+    requests = [beside.request(f"r{i}", source.choices(range(VOCAB_SIZE), k=1 + 4 * i), i) for i in range(3)]
     last: dict[str, list[int]] = {}
     for _ in range(data.draw(st.integers(1, 6))):
         asked = [request for request in requests if source.random() < 0.7]
         limits = [source.randint(0, 4) for _ in asked]
-        for request, limit, drafts in zip(asked, limits, drafter.draft(asked, limits), strict=True):
+        for request, limit, drafts in zip(asked, limits, beside.draft(asked, limits), strict=True):
+            assert drafts is not None
             assert drafts == greedy(reference, request.tokens, limit)
             last[request.request_id] = drafts
-        drafter.check()
         for request in requests:
             right = last.pop(request.request_id, [])
             request.tokens += right[: source.randint(0, len(right))]
@@ -75,30 +97,60 @@ def test_drafts_are_the_draft_models_own_continuation(
         if source.random() < 0.3:  # as after a preemption
             slots = source.sample(range(8), k=3)
             for request, slot in zip(requests, slots, strict=True):
-                request.slot = slot
-    for request in requests:
-        drafter.release(request)
-    drafter.check()
-    assert drafter.blocks.num_free == drafter.blocks.num_blocks
+                request.num_preemptions += 1
+                beside.place(request, slot)
 
 
 def test_a_long_prompt_is_read_in_pieces(models: Models, reference: LlamaForCausalLM) -> None:
-    drafter = make_drafter(models, max_num_batched_tokens=8, max_num_seqs=4)
-    long = make_request("long", [i * 7 % VOCAB_SIZE for i in range(20)], 0)
-    short = make_request("short", [1, 2, 3], 1)
-    found = [drafter.draft([long, short], [2, 2]) for _ in range(4)]
-    assert found[0] == [[], greedy(reference, short.tokens, 2)]
+    beside = Beside(models, max_num_batched_tokens=8, max_num_seqs=4)
+    long = beside.request("long", [i * 7 % VOCAB_SIZE for i in range(20)], 0)
+    short = beside.request("short", [1, 2, 3], 1)
+    found = [beside.draft([long, short], [2, 2]) for _ in range(4)]
+    assert found[0] == [None, greedy(reference, short.tokens, 2)]
     assert found[-1] == [greedy(reference, long.tokens, 2), greedy(reference, short.tokens, 2)]
 
 
-def test_idle_sequences_give_way_and_then_some_get_no_drafts(models: Models) -> None:
-    drafter = make_drafter(models, num_blocks=4)
-    first, second, third = (make_request(name, range(i, i + 8), i) for i, name in enumerate("abc"))
-    assert [len(drafts) for drafts in drafter.draft([first], [1])] == [1]
-    assert [len(drafts) for drafts in drafter.draft([second, third], [1, 1])] == [1, 1]
-    drafter.check()
-    assert [len(drafts) for drafts in drafter.draft([first, second, third], [1, 1, 1])] == [0, 1, 1]
-    drafter.check()
+def test_shared_blocks_are_computed_once(models: Models, reference: LlamaForCausalLM) -> None:
+    """What the prefix cache or a fork gives two requests in common is in the draft model's cache as well."""
+    beside = Beside(models)
+    first = beside.request("first", [i * 7 % VOCAB_SIZE for i in range(19)], 0)
+    second = beside.request("second", [*first.tokens[:16], 5, 6, 7], 1)
+    second.blocks[:4] = first.blocks[:4]
+    beside.draft([first], [1])
+    before = beside.num_computed
+    assert beside.draft([second], [1]) == [greedy(reference, second.tokens, 1)]
+    assert beside.num_computed - before == 3
+
+
+def test_a_block_that_was_overwritten_is_computed_again(models: Models, reference: LlamaForCausalLM) -> None:
+    beside = Beside(models)
+    first = beside.request("first", [i * 7 % VOCAB_SIZE for i in range(9)], 0)
+    beside.draft([first], [1])
+    other = beside.request("other", [3] * 9, 1)
+    other.blocks = list(first.blocks)
+    assert beside.draft([other], [2]) == [greedy(reference, other.tokens, 2)]
+    first.num_preemptions += 1
+    assert beside.draft([first], [2]) == [greedy(reference, first.tokens, 2)]
+
+
+def test_the_prefix_cache_serves_the_draft_model_too(models: Models) -> None:
+    speculative = SpeculativeConfig(model=str(models.drafts["same"]), dtype="float32", fixed=True)
+    engine = make_engine(make_config(models, speculative))
+    prompt = [i * 7 % VOCAB_SIZE for i in range(64)]
+    params = SamplingParams(temperature=0.0, max_tokens=6)
+    num_computed: list[int] = []
+    launch = engine._speculation._drafter._runner.launch  # type: ignore[attr-defined]
+
+    def count(plan: StepPlan) -> LaunchedStep:
+        num_computed.append(plan.num_tokens)
+        return launch(plan)  # type: ignore[no-any-return]
+
+    engine._speculation._drafter._runner.launch = count  # type: ignore[attr-defined]
+    first = run(engine, [(prompt, params)])
+    cold = sum(num_computed)
+    num_computed.clear()
+    assert run(engine, [(prompt, params)]).outputs == first.outputs
+    assert sum(num_computed) < cold - 50
 
 
 def test_the_memory_of_both_models_is_planned(models: Models) -> None:
@@ -162,7 +214,7 @@ def test_vocabularies_that_are_padded_differently_work(models: Models, tmp_path:
         ({"method": "ngram", "model": "MODEL"}, "--speculative-model .* ngram has none"),
         ({"method": "ngram", "quantization": "awq"}, "--speculative-quantization awq"),
         ({"method": "ngram", "dtype": "float16"}, "--speculative-dtype float16"),
-        ({"method": "crystal-ball"}, "no drafter is called 'crystal-ball'; there are: draft-model, ngram"),
+        ({"method": "crystal-ball"}, "no drafter is called 'crystal-ball'; there are: draft-model, eagle, ngram"),
     ],
 )
 def test_settings_that_do_not_go_together_are_refused(

@@ -309,16 +309,17 @@ def profile(octavo: Octavo, batch: int) -> str:
     return "\n".join(lines)
 
 
-def startup(model: Path) -> dict[str, float]:
+def startup(model: Path, compile_workers: int) -> dict[str, float]:
     """Seconds from starting a process until its engine is ready: with empty caches of compiled kernels, and again."""
     with tempfile.TemporaryDirectory() as cache:
         environment = {**os.environ, "TRITON_CACHE_DIR": cache, "OCTAVO_MODEL": str(model)}
-        return {name: _start(environment) for name in STARTUP}
+        return {name: _start(environment, compile_workers) for name in STARTUP}
 
 
-def _start(environment: dict[str, str]) -> float:
+def _start(environment: dict[str, str], compile_workers: int) -> float:
     started = time.perf_counter()
-    child = subprocess.Popen([sys.executable, __file__, "ready"], env=environment, stdout=subprocess.PIPE, text=True)
+    command = [sys.executable, __file__, "ready", "--compile-workers", str(compile_workers)]
+    child = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
     assert child.stdout is not None
     ready = child.stdout.readline()
     seconds = time.perf_counter() - started
@@ -364,6 +365,7 @@ def main() -> None:
     parser.add_argument("parts", nargs="*", metavar="PART", help=f"of {', '.join(PARTS[:-1])} (default: all but soak)")
     parser.add_argument("--batches", type=int, nargs="+", default=list(DECODE), help="of decode and profile")
     parser.add_argument("--workloads", nargs="+", default=list(THROUGHPUT), help="of throughput")
+    parser.add_argument("--compile-workers", type=int, default=0, metavar="N", help="of startup")
     parser.add_argument("--enforce-eager", action="store_true", help="without CUDA graphs")
     parser.add_argument("--attention-backend", metavar="NAME", help="default: the best that can serve")
     parser.add_argument("--requests", type=int, help="of throughput and steps; default: all")
@@ -373,7 +375,7 @@ def main() -> None:
     parts = args.parts or PARTS[:-2]
     if "ready" in parts:
         logging.basicConfig(level="INFO", format="%(message)s")
-        octavo = Octavo(Path(os.environ["OCTAVO_MODEL"]))
+        octavo = Octavo(Path(os.environ["OCTAVO_MODEL"]), compile_workers=args.compile_workers)
         print(json.dumps(octavo.engine.info.startup_seconds), flush=True)
         return
     logging.basicConfig(level="INFO", format="%(message)s")
@@ -395,7 +397,7 @@ def measure(model: Path, parts: Sequence[str], args: argparse.Namespace) -> dict
     table = Table()
     result: dict[str, Any] = {"rows": table.rows}
     if "startup" in parts:
-        for name, seconds in startup(model).items():
+        for name, seconds in startup(model, args.compile_workers).items():
             table.add(f"start-up, {name}", "s", STARTUP[name], seconds)
     if {"decode", "prefill", "throughput", "host", "mixed", "profile", "steps"} & set(parts):
         octavo = Octavo(model, enforce_eager=args.enforce_eager, attention_backend=args.attention_backend)

@@ -30,7 +30,7 @@ from octavo.messages import EngineInfo, StepOutputs, Submit
 from octavo.operations import SampleNeed
 from octavo.request import SamplingParams
 from octavo.runner import LaunchedStep, Runner
-from octavo.sampling import TorchSample
+from octavo.sampling import TorchLogprobs, TorchSample
 from octavo.scheduler import Scheduler
 from octavo.speculation import NOTHING_DRAFTED
 from octavo_cache.hash_chain import HashChain
@@ -92,6 +92,7 @@ def make_engine(num_rows: int, max_model_len: int) -> Engine:
         max_model_len=max_model_len,
         vocab_size=VOCAB_SIZE,
         sample=TorchSample(SampleNeed(CPU, VOCAB_SIZE)),
+        logprobs=TorchLogprobs(SampleNeed(CPU, VOCAB_SIZE)),
     )
     scheduler = Scheduler(
         BlockManager(num_blocks, BLOCK_SIZE, HashChain(BLOCK_SIZE)), max_num_seqs=num_rows, max_num_batched_tokens=8192

@@ -175,6 +175,13 @@ class Hooks:
         """Implementations of the operations in :mod:`octavo.operations`. Engine start, in the engine's process."""
         raise NotImplementedError
 
+    @hookspec
+    def octavo_kernel_compilers(self) -> Sequence[Provider]:
+        """Classes of :class:`octavo.interfaces.KernelCompiler`, made with ``(device, num_workers)``: with
+        ``--compile-workers`` all that lack nothing for the device watch a trial run of the model. Engine start, in the
+        engine's process."""
+        raise NotImplementedError
+
     # --- scheduling and sampling -------------------------------------------------------------------------------------
 
     @hookspec

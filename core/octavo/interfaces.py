@@ -10,6 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import TracebackType
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self, runtime_checkable
 
 import torch
@@ -260,6 +261,34 @@ class Kernel(Protocol):
     @classmethod
     def missing(cls, need: Any) -> list[str]:
         """What is lacking for this implementation to serve ``need``; empty: it can. Also the text of the error."""
+        ...
+
+
+class KernelCompiler(Protocol):
+    """Compiles kernels side by side that launches would compile one after another. A context manager.
+
+    Within it, a launch of a kernel that is not compiled yet is noted and not carried out: what it would have computed
+    is undefined, so only the shapes of a trial run mean something. Leaving it waits until all that was noted is
+    compiled, and raises what went wrong.
+    """
+
+    num_compiled: int  # so far; what lay in a cache is not counted
+
+    def __init__(self, device: torch.device, num_workers: int) -> None: ...
+
+    @classmethod
+    def missing(cls, device: torch.device) -> list[str]:
+        """What is lacking for kernels on ``device``; empty: nothing."""
+        ...
+
+    def __enter__(self) -> Self: ...
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None: ...
+
+    def all_cached(self, timeout: float) -> bool:
+        """Whether nothing noted so far had to be compiled; False if that takes more than ``timeout`` seconds to say."""
         ...
 
 

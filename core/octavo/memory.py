@@ -41,6 +41,11 @@ def decode_step(max_num_seqs: int, block_size: int) -> StepPlan:
     return _step(SamplingParams(temperature=0.0), max_num_seqs, 1, block_size)
 
 
+def sampling_step(max_num_seqs: int, block_size: int) -> StepPlan:
+    """A step of one token for all rows, drawn with filters."""
+    return _step(SamplingParams(temperature=1.0, top_p=0.9), max_num_seqs, 1, block_size)
+
+
 def usual_steps(
     max_num_seqs: int, max_num_batched_tokens: int, max_model_len: int, block_size: int, num_blocks: int
 ) -> list[StepPlan]:

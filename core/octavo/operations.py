@@ -13,6 +13,8 @@ operation         need                     call
 ``linear``        :class:`LinearNeed`      made with ``(need, weight [out, in], bias or None)``: a
                                            :class:`~octavo.interfaces.LinearMethod`
 ``sample``        :class:`SampleNeed`      ``(logits, SamplingTensors) -> token ids``; see :mod:`octavo.sampling`
+``logprobs``      :class:`SampleNeed`      ``(logits [num_rows, vocab_size], chosen [num_rows], num_top) -> (logprobs
+                                           [num_rows], ranks [num_rows], ids [num_rows, num_top], logprobs of those)``
 ================  =======================  ================================================================
 
 Plugins may name further operations of their own (a quantization and the kernels that run it); the same choice applies.
@@ -61,7 +63,7 @@ class LinearNeed:
 
 @dataclass(frozen=True, slots=True)
 class SampleNeed:
-    """Choosing tokens from logits over ``vocab_size``."""
+    """Choosing tokens from logits over ``vocab_size``, and saying how likely they were."""
 
     device: torch.device
     vocab_size: int

@@ -237,6 +237,10 @@ class PluginHost:
         """Name to class."""
         return self._providers("octavo_logits_processors", Provider, _name)
 
+    def kernel_compilers(self) -> Mapping[str, Provider]:
+        """Compiler name to class."""
+        return self._providers("octavo_kernel_compilers", Provider, _name)
+
     def kernels(self) -> Mapping[str, KernelProvider]:
         """``"operation/name"`` to implementation."""
         return self._providers("octavo_kernels", KernelProvider, lambda kernel: f"{kernel.operation}/{kernel.name}")

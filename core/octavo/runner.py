@@ -35,10 +35,10 @@ from octavo.sampling import (
     LogprobTensors,
     SamplingTable,
     SamplingTensors,
+    TorchLogprobs,
     TorchSample,
     accept,
     apply_penalties,
-    gather_logprobs,
 )
 
 PROMPT_LOGPROB_ROWS = 256  # logits of this many prompt positions exist at once
@@ -146,6 +146,7 @@ class Runner:
         vocab_size: int,
         processors: Sequence[LogitsProcessor] = (),
         sample: TorchSample,
+        logprobs: TorchLogprobs,
         use_graphs: bool = False,
         num_drafts: int = 0,
         recorder: HiddenStateRecorder | None = None,
@@ -165,6 +166,7 @@ class Runner:
         self.num_blocks = num_blocks
         self._beside = beside
         self._sample = sample
+        self._logprobs = logprobs
         self._max_model_len = max_model_len
         device = placement.device
         # a graph's padding has a slot and a block of its own, the last ones
@@ -407,7 +409,7 @@ class Runner:
         if raw is None:
             return tokens, None, entries
         num_top = max(planned[rows.sampled[i]].request.params.logprobs or 0 for i in entries)
-        return tokens, gather_logprobs(raw, tokens[entries], num_top), entries
+        return tokens, LogprobTensors(*self._logprobs(raw, tokens[entries], num_top)), entries
 
     def _process(self, planned: Sequence[PlannedRow], rows: RowArrays, logits: Tensor) -> Tensor:
         """Run the processors and penalties that rows ask for; logits without any pass through untouched."""
@@ -457,7 +459,7 @@ class Runner:
             for offset in range(0, last - row.start, PROMPT_LOGPROB_ROWS):
                 stop = min(offset + PROMPT_LOGPROB_ROWS, last - row.start)
                 logits = self.model.logits(hidden[begin + offset : begin + stop])
-                pieces.append(gather_logprobs(logits, targets[offset:stop], num_top))
+                pieces.append(LogprobTensors(*self._logprobs(logits, targets[offset:stop], num_top)))
             joined = LogprobTensors(
                 *(torch.cat([getattr(piece, name) for piece in pieces]) for name in LogprobTensors.__slots__)
             )

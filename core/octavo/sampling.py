@@ -279,6 +279,24 @@ def gather_logprobs(logits: Tensor, chosen: Tensor, num_top: int) -> LogprobTens
     return LogprobTensors(picked.squeeze(1), ranks, top.indices, top.values)
 
 
+class TorchLogprobs:
+    """The operation ``logprobs`` in plain torch."""
+
+    def __init__(self, need: SampleNeed) -> None:
+        pass
+
+    @classmethod
+    def missing(cls, need: SampleNeed) -> list[str]:
+        return []
+
+    def __call__(self, logits: Tensor, chosen: Tensor, num_top: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        values = gather_logprobs(logits, chosen, num_top)
+        return values.logprobs, values.ranks, values.top_ids, values.top_logprobs
+
+
+BUILTIN_LOGPROBS = KernelProvider("torch", TorchLogprobs, priority=-100, operation="logprobs")
+
+
 # --- processors that come with the core ------------------------------------------------------------------------------
 
 

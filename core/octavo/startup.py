@@ -7,7 +7,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
@@ -30,6 +30,7 @@ from octavo.interfaces import (
     Drafter,
     DrafterContext,
     HiddenStateRecorder,
+    KernelCompiler,
     LogitsProcessor,
     Model,
     ObservedModel,
@@ -49,14 +50,23 @@ from octavo.loader import (
     open_checkpoint,
     resolve_model_path,
 )
-from octavo.memory import GIB, Activations, MemoryBudget, decode_step, largest_step, measure_peak, usual_steps
+from octavo.memory import (
+    GIB,
+    Activations,
+    MemoryBudget,
+    decode_step,
+    largest_step,
+    measure_peak,
+    sampling_step,
+    usual_steps,
+)
 from octavo.messages import EngineInfo
 from octavo.operations import Operations, SampleNeed
 from octavo.plugins import Manifest, PluginHost, Selection, select
 from octavo.policies import BUILTIN as BUILTIN_POLICIES
 from octavo.quantization import needed_plugins, resolve_quantization
 from octavo.runner import Runner
-from octavo.sampling import BUILTIN_SAMPLE, make_processors
+from octavo.sampling import BUILTIN_LOGPROBS, BUILTIN_SAMPLE, make_processors
 from octavo.scheduler import Scheduler
 from octavo.speculation import AdaptiveController, FixedController, Speculation
 from octavo.text import TextProcessor, collect_eos_token_ids
@@ -71,6 +81,7 @@ BUILTIN_KERNELS = (
     KernelProvider("torch", TorchSiluAndMul, priority=-100, operation="silu_and_mul"),
     KernelProvider("torch", TorchLinear, priority=-100, operation="linear"),
     BUILTIN_SAMPLE,
+    BUILTIN_LOGPROBS,
 )
 
 
@@ -232,6 +243,10 @@ def build_engine(resolved: Resolved) -> Engine:
 
     processors = make_processors(list(host.logits_processors().values()), target.vocab_size, device)
     use_graphs = device.type == "cuda" and target.backend.capturable and not config.enforce_eager
+    if config.compile_workers:
+        with clock.measure("kernels"):
+            compilers = make_compilers(host, device, config.compile_workers)
+            compile_kernels(compilers, target, max_num_batched_tokens)
     with clock.measure("memory"):
         if device.type == "cuda":
             activations = _measure_activations(target, max_num_batched_tokens, num_drafts, use_graphs)
@@ -307,6 +322,7 @@ class _LoadedModel:
     weight_bytes: int
     bytes_per_block: int
     sample: Any
+    logprobs: Any
 
     def make_runner(
         self,
@@ -333,6 +349,7 @@ class _LoadedModel:
             vocab_size=self.vocab_size,
             processors=processors,
             sample=self.sample,
+            logprobs=self.logprobs,
             use_graphs=use_graphs,
             num_drafts=num_drafts,
             recorder=recorder,
@@ -410,6 +427,7 @@ class _ModelLoader:
                 torch.Size(backend.kv_shape(spec, 1)).numel() * kv_dtype.itemsize for spec in build.attention_specs
             ),
             sample=self.operations.choose("sample", sample_need)(sample_need),
+            logprobs=self.operations.choose("logprobs", sample_need)(sample_need),
         )
 
 
@@ -488,6 +506,49 @@ def choose_kv_dtype(wanted: str, dtype: torch.dtype) -> torch.dtype:
     if wanted not in known:
         raise ConfigError(f"kv_cache_dtype '{wanted}' is not supported; known: {', '.join(known)}")
     return known[wanted]
+
+
+def make_compilers(host: PluginHost, device: torch.device, num_workers: int) -> list[KernelCompiler]:
+    """The compilers of all plugins that have kernels for ``device``.
+
+    Raises:
+        ConfigError: there is none; each one's reasons.
+    """
+    made: list[KernelCompiler] = []
+    reasons: list[str] = []
+    for provider in host.kernel_compilers().values():
+        lacking = provider.lacking() or provider.resolve().missing(device)
+        if lacking:
+            reasons.append(f"{provider.name}: {'; '.join(lacking)}")
+        else:
+            made.append(provider.resolve()(device, num_workers))
+    if not made:
+        why = "".join(f"\n  {reason}" for reason in reasons)
+        raise ConfigError(f"compile_workers is {num_workers}, but no plugin compiles for {device}; use 0{why}")
+    return made
+
+
+def compile_kernels(compilers: Sequence[KernelCompiler], target: _LoadedModel, max_num_batched_tokens: int) -> None:
+    """Have everything compiled at once that the usual steps launch; ends early if the first step lacks nothing."""
+    config = target.config
+    assert config.max_model_len is not None
+    started = time.perf_counter()
+    num_blocks = 512 // config.block_size
+    runner = target.make_runner(num_blocks)
+    limits = (config.max_num_seqs, max_num_batched_tokens, config.max_model_len, config.block_size)
+    with ExitStack() as stack:
+        for compiler in compilers:
+            stack.enter_context(compiler)
+        steps = usual_steps(*limits, num_blocks)
+        steps += [decode_step(rows, config.block_size) for rows in (32, 64) if rows < config.max_num_seqs]
+        steps.append(sampling_step(config.max_num_seqs, config.block_size))
+        for i, step in enumerate(steps):
+            runner.launch(step)
+            if i == 0 and all(compiler.all_cached(timeout=0.3) for compiler in compilers):
+                break
+    num_compiled = sum(compiler.num_compiled for compiler in compilers)
+    if num_compiled:
+        logger.info("compiled %d kernels in %.1f s", num_compiled, time.perf_counter() - started)
 
 
 def _measure_activations(

@@ -20,6 +20,11 @@ def octavo_attention_backends() -> list[Provider]:
 
 
 @hookimpl
+def octavo_kernel_compilers() -> list[Provider]:
+    return [Provider("triton", "octavo_kernels.compiler:TritonCompiler", requires=REQUIRES)]
+
+
+@hookimpl
 def octavo_kernels() -> list[KernelProvider]:
     targets = {
         "rms_norm": "octavo_kernels.norm:TritonRMSNorm",
@@ -41,5 +46,21 @@ def octavo_kernels() -> list[KernelProvider]:
     kernels += [
         KernelProvider(f"hopper-{operation.replace('_', '-')}", target, 40, REQUIRES_GLUON, operation=operation)
         for operation, target in hopper.items()
+    ]
+    kernels += [
+        KernelProvider(
+            "triton-candidates", "octavo_kernels.candidate_sample:CandidateSample", 40, REQUIRES, operation="sample"
+        ),
+        KernelProvider(
+            "triton-logprobs", "octavo_kernels.logprobs:TritonLogprobs", -110, REQUIRES, operation="logprobs"
+        ),
+        # what --batch-invariant needs: the one above refuses it
+        KernelProvider(
+            "triton-invariant-linear",
+            "octavo_kernels.invariant_linear:InvariantLinear",
+            40,
+            REQUIRES,
+            operation="linear",
+        ),
     ]
     return kernels

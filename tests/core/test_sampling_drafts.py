@@ -17,7 +17,7 @@ from octavo.layers.attention import ForwardContext
 from octavo.operations import SampleNeed
 from octavo.request import Request, SamplingParams
 from octavo.runner import Runner
-from octavo.sampling import REJECTED, TorchSample, accept, make_processors
+from octavo.sampling import REJECTED, TorchLogprobs, TorchSample, accept, make_processors
 
 CPU = torch.device("cpu")
 VOCAB_SIZE = 8
@@ -76,6 +76,7 @@ def make_runner(num_rows: int) -> Runner:
         vocab_size=VOCAB_SIZE,
         processors=make_processors([], VOCAB_SIZE, CPU),
         sample=TorchSample(SampleNeed(CPU, VOCAB_SIZE)),
+        logprobs=TorchLogprobs(SampleNeed(CPU, VOCAB_SIZE)),
     )
 
 

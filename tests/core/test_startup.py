@@ -7,7 +7,8 @@ import logging
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, Self
 
 import pytest
 import torch
@@ -15,7 +16,16 @@ import torch
 from octavo.config import EngineConfig, SpeculativeConfig
 from octavo.engine import Engine
 from octavo.errors import CheckpointError, ConfigError, PluginError
-from octavo.startup import Resolved, build_engine, choose_device, choose_kv_dtype, make_text, reproduce, resolve
+from octavo.startup import (
+    Resolved,
+    build_engine,
+    choose_device,
+    choose_kv_dtype,
+    compile_kernels,
+    make_text,
+    reproduce,
+    resolve,
+)
 
 Variant = Callable[..., Path]
 
@@ -249,3 +259,47 @@ def test_the_engine_says_what_it_is(tiny_llama: Path) -> None:
     assert (info.architecture, info.dtype, info.device) == ("LlamaForCausalLM", "float32", "cpu")
     assert (info.vocab_size, info.num_blocks, info.block_size, info.max_num_seqs) == (260, 64, 16, 8)
     assert info.max_num_batched_tokens == 8, "every running sequence must have its token"
+
+
+class Watching:
+    """A compiler that says how many kernels it had to compile, and whether it is watching."""
+
+    num_compiled = 0
+
+    def __init__(self, missing: int) -> None:
+        self.missing = missing
+        self.watches = False
+
+    def __enter__(self) -> Self:
+        self.watches = True
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.num_compiled = self.missing
+        self.watches = False
+
+    def all_cached(self, timeout: float) -> bool:
+        return not self.missing
+
+
+@pytest.mark.parametrize("missing", [0, 3])
+def test_a_trial_run_has_kernels_compiled_and_ends_early_if_there_are_none(
+    missing: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, logger="octavo")
+    compiler = Watching(missing)
+    watched: list[bool] = []
+    runner = SimpleNamespace(launch=lambda step: watched.append(compiler.watches))
+    config = EngineConfig(model="any", max_model_len=256, max_num_seqs=8)
+    compile_kernels([compiler], SimpleNamespace(config=config, make_runner=lambda num_blocks: runner), 2048)
+    assert all(watched)
+    assert len(watched) == 1 if missing == 0 else len(watched) > 10
+    assert ("compiled 3 kernels" in caplog.text) == (missing == 3)
+    assert not compiler.watches
+
+
+def test_workers_that_have_nothing_to_compile_are_refused(tiny_llama: Path) -> None:
+    with pytest.raises(ConfigError, match=r"compile_workers is 4, but no plugin compiles for cpu; use 0\n  triton: "):
+        built(tiny_llama, compile_workers=4)
+    with pytest.raises(ConfigError, match="compile_workers must be 0 or above, not -1"):
+        EngineConfig(model=str(tiny_llama), compile_workers=-1)

@@ -21,6 +21,7 @@ PROVIDER_HOOKS = (
     "octavo_quantizations",
     "octavo_attention_backends",
     "octavo_kernels",
+    "octavo_kernel_compilers",
     "octavo_prefix_caches",
     "octavo_scheduling_policies",
     "octavo_drafters",

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 if os.environ.get("TRITON_INTERPRET") == "1":
-    collect_ignore_glob = ["test_compiled*.py"]
+    collect_ignore_glob = ["test_compile*.py"]
 elif not torch.cuda.is_available():
     collect_ignore_glob = ["test_[!ic]*.py"]  # all but the two that start processes of their own
 
@@ -39,3 +39,18 @@ def _interpreter_with_numpy_2_4(monkeypatch: pytest.MonkeyPatch) -> None:
         scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
 
     monkeypatch.setattr(interpreter, "_patch_lang_tensor", patch)
+
+
+@pytest.fixture(autouse=True)
+def _interpreter_of_triton_3_9(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton 3.9's interpreter makes integers of a truth value that is repeated, and then refuses it as a mask."""
+    interpreter = pytest.importorskip("triton.runtime.interpreter")
+    create_splat = interpreter.InterpreterBuilder.create_splat
+
+    def keep_truth(self: Any, kind: Any, value: Any) -> Any:
+        repeated = create_splat(self, kind, value)
+        if value.data.dtype == bool:
+            repeated.data = repeated.data.astype(bool)
+        return repeated
+
+    monkeypatch.setattr(interpreter.InterpreterBuilder, "create_splat", keep_truth)

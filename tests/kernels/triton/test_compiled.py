@@ -18,8 +18,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.experimental.gluon._runtime import GluonASTSource
 from octavo_kernels import (
-    activation, argmax, attention, fp8_linear, hopper_attention, hopper_linear, linear, norm, packed_linear, rotary,
-    sample,
+    activation, argmax, attention, candidate_sample, candidates, fp8_linear, hopper_attention, hopper_linear,
+    invariant_linear, linear, logprobs, norm, packed_linear, rotary, sample,
 )
 
 FLOATS = {"eps", "scale", "soft_cap", "value_scale", "key_inverse_scale", "value_inverse_scale"}
@@ -72,6 +72,10 @@ def packed(num_tokens):
         SYMMETRIC=False, BIAS=False, STAGES=tile.num_stages, PDL=True),
         weight_ptr="*i32", scale_ptr="*fp16")
 
+SAMPLE = {name: "*fp32" for name in (
+    "maxima_ptr", "masses_ptr", "temperature_ptr", "uniform_ptr", "top_p_ptr", "min_p_ptr", "largest_ptr")}
+SAMPLE |= {name: "*i32" for name in ("pivots_ptr", "counts_ptr", "ranks_ptr")}
+SAMPLE |= {name: "*i64" for name in ("out_ptr", "greedy_ptr", "top_k_ptr", "chosen_ptr")}
 shared = hopper_attention.gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
 few = linear.few_tokens_tiling(4096, 6144)
 fp8 = fp8_linear.few_tokens_fp8_tiling(4096, 6144, 4096, 16)
@@ -112,6 +116,20 @@ print(json.dumps({
         weight_ptr="*fp8e4nv", scale_ptr="*fp32"),
     "quantize_tokens": compile(fp8_linear._quantize_tokens, 8, dict(K=4096, BLOCK=4096, REORDERED=True, PDL=True),
         out_ptr="*fp8e4nv", scale_ptr="*fp32"),
+    "invariant_many": compile(invariant_linear._many_tokens, 8, dict(
+        K=14336, BLOCK_M=128, BLOCK_N=128, BLOCK_K=64, GROUP=8, NUM_SPLITS=2, SPLIT_K=7168, BIAS=False, STAGES=4,
+        PDL=True)),
+    "survey": compile(candidates.survey, 8, dict(BLOCK=4096, GROUPS=64, PDL=True), **SAMPLE),
+    "sample_prepare": compile(candidate_sample._prepare, 4, dict(
+        TOP_K=True, CANDIDATES=True, NUM_WANTED=1024, PARTS=32, GROUPS=64, PDL=True), **SAMPLE),
+    "sample_weigh": compile(candidate_sample._weigh, 8, dict(
+        MIN_P=True, CANDIDATES=True, CAPACITY=1024, BLOCK=4096, PDL=True), **SAMPLE),
+    "sample_draw": compile(candidate_sample._draw, 8, dict(
+        TOP_K=True, TOP_P=True, MIN_P=True, CANDIDATES=4096, CAPACITY=1024, PARTS=32, BLOCK=4096, PDL=True), **SAMPLE),
+    "logprobs_count": compile(logprobs._count, 8, dict(CAPACITY=1024, BLOCK=4096, PDL=True), **SAMPLE),
+    "logprobs_list": compile(logprobs._list, 8, dict(
+        CANDIDATES=2048, CAPACITY=1024, PARTS=32, BLOCK=4096, PDL=True), **SAMPLE, logprobs_ptr="*fp32",
+        out_ranks_ptr="*i64", top_ids_ptr="*i64", top_logprobs_ptr="*fp32"),
     "dequantize_int4": compile(hopper_linear._dequantize_int4, 4, dict(K=4096, GROUP=128, OFFSET=128),
         words_ptr="*i32", params_ptr="*i32"),
     "dequantize_fp8": compile(hopper_linear._dequantize_fp8, 4, dict(

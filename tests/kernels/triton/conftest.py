@@ -7,15 +7,18 @@ this folder run in a process of their own, which ``test_interpreted.py`` starts.
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+STARTS_PROCESSES = {"test_interpreted.py", "test_compiled.py", "test_compiled_hopper.py", "test_compiler.py"}
+
 if os.environ.get("TRITON_INTERPRET") == "1":
-    collect_ignore_glob = ["test_compile*.py"]
+    collect_ignore = sorted(STARTS_PROCESSES)
 elif not torch.cuda.is_available():
-    collect_ignore_glob = ["test_[!ic]*.py"]  # all but the two that start processes of their own
+    collect_ignore = sorted({file.name for file in Path(__file__).parent.glob("test_*.py")} - STARTS_PROCESSES)
 
 
 @pytest.fixture

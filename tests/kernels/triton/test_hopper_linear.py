@@ -6,6 +6,7 @@ the layout that PTX describes.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from itertools import pairwise
 from typing import Any
 
@@ -92,8 +93,10 @@ class StandIn:
 
 
 @pytest.fixture
-def _stand_in(monkeypatch: pytest.MonkeyPatch) -> None:
+def _stand_in(monkeypatch: pytest.MonkeyPatch, device: torch.device) -> Iterator[None]:
     monkeypatch.setattr(hopper_stream, "_stream", StandIn())
+    with device:  # writing weights out is a kernel even here
+        yield
 
 
 def packed(
@@ -108,7 +111,7 @@ def packed(
         groups if ordered else groups[torch.randperm(num_in)],
         4,
     )
-    return PackedNeed(torch.device("cpu"), dtype, num_in, num_out, 4, group_size, False, not ordered), weight
+    return PackedNeed(weight.scales.device, dtype, num_in, num_out, 4, group_size, False, not ordered), weight
 
 
 def fp8(num_in: int, num_out: int, block: tuple[int, int] | None, dtype: torch.dtype) -> tuple[Fp8Need, Fp8Weight]:
@@ -118,7 +121,7 @@ def fp8(num_in: int, num_out: int, block: tuple[int, int] | None, dtype: torch.d
         rows, columns = block
         scales = (torch.rand(-(-num_out // rows), -(-num_in // columns)) + 0.5) / 448
     weight = Fp8Weight(weight.values, scales, rows, columns, "none")
-    return Fp8Need(torch.device("cpu"), dtype, num_in, num_out, "none", rows, columns), weight
+    return Fp8Need(scales.device, dtype, num_in, num_out, "none", rows, columns), weight
 
 
 @pytest.mark.usefixtures("_stand_in")

@@ -65,6 +65,17 @@ def _fragment_layout(NUM_WARPS):
 
 
 @gluon.constexpr_function
+def output_layout(ROWS, BLOCK_M, NUM_WARPS):
+    """Sums [ROWS, BLOCK_M] as ``wgmma`` leaves them, where rows g and g + 8 of a fragment have become 2 g and 2 g + 1:
+    pairs of rows first, so that they are stored at once."""
+    columns = [[0, b] for b in (1, 8, 16, 32, 64, 128) if b < BLOCK_M]
+    apart = [[16 * w, 0] for w in (1, 2, 4) if w < NUM_WARPS]
+    together = [[b, 0] for b in (64, 128) if 16 * NUM_WARPS <= b < ROWS]
+    lanes = [[0, 2], [0, 4], [2, 0], [4, 0], [8, 0]]
+    return gl.DistributedLinearLayout([[1, 0], *columns, *together], lanes, apart, [], [ROWS, BLOCK_M])
+
+
+@gluon.constexpr_function
 def _int4_assembly(shift, dtype):
     kind, exponents = ("bf16x2", "0x43004300") if dtype == gl.bfloat16 else ("f16x2", "0x64006400")
     return (
@@ -130,6 +141,12 @@ def _int4_pairs(words, params, HALF: gl.constexpr, HALF_PARAMS: gl.constexpr, dt
     FIRST: gl.constexpr = HALF * (HALF_PARAMS - 1) * 4
     upper = _parameter(params.slice(FIRST, 2, 0), layout)
     lower = _parameter(params.slice(FIRST + 2, 2, 0), layout)
+    return widen_int4(word, upper, lower, dtype)
+
+
+@gluon.jit
+def widen_int4(word, upper, lower, dtype: gl.constexpr):
+    """Words, and the parameters of the upper and of the lower rows of 8 -> pairs of weights."""
     scale, zero = _low_twice(upper), _high_twice(upper)
     upper_low = _int4_pair(word, zero, scale, 0, dtype)
     upper_high = _int4_pair(word, zero, scale, 8, dtype)
@@ -180,12 +197,13 @@ def _halves(pair, dtype: gl.constexpr):
 
 
 @gluon.jit
-def _operand(upper_low, upper_high, lower_low, lower_high, dtype: gl.constexpr, layout: gl.constexpr):
-    """The left operand [128, 64]; no value moves, the registers only get the layout's name."""
+def operand(upper_low, upper_high, lower_low, lower_high, dtype: gl.constexpr, layout: gl.constexpr):
+    """The left operand [outputs, 64]; no value moves, the registers only get the layout's name."""
     upper = gl.join(_halves(upper_low, dtype), _halves(upper_high, dtype))
     lower = gl.join(_halves(lower_low, dtype), _halves(lower_high, dtype))
     # [block of 64 outputs, warp, row of 8, pair, 16 inputs, of the pair, half of the inputs, half of the rows]
-    ordered = gl.join(upper, lower).permute([0, 1, 7, 2, 4, 6, 3, 5]).reshape([128, 64])
+    ordered = gl.join(upper, lower).permute([0, 1, 7, 2, 4, 6, 3, 5])
+    ordered = ordered.reshape([64 * upper_low.shape[0], 64])
     return gl.convert_layout(ordered, layout, assert_trivial=True)
 
 
@@ -254,7 +272,14 @@ def program_of(unit, num_programs, num_units):
 
 
 @gluon.jit
-def _following(tile, step, STEPS: gl.constexpr):
+def place_of(program, first_program):
+    """Where a program's part of a tile lies: the program shares at most the tile that it ends with, of which it is the
+    first program, and the one that it begins with."""
+    return 2 * program + (program == first_program)
+
+
+@gluon.jit
+def following(tile, step, STEPS: gl.constexpr):
     last = step == STEPS - 1
     return gl.where(last, tile + 1, tile), gl.where(last, 0, step + 1)
 
@@ -288,7 +313,7 @@ def _stream(
     STEPS: gl.constexpr = K // 128
     HALF_PARAMS: gl.constexpr = 2 if GROUP == 64 else 1
     mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [gl.num_warps(), 1], [16, BLOCK_M, 16])
-    operand: gl.constexpr = gl.DotOperandLayout(0, mma, 2)
+    left: gl.constexpr = gl.DotOperandLayout(0, mma, 2)
     if FP8:  # neighbouring pairs of rows lie in different banks
         words = gl.allocate_shared_memory(gl.int32, [STAGES, 128, 32], gl.SwizzledSharedLayout(16, 2, 2, [1, 0]))
     else:
@@ -319,7 +344,7 @@ def _stream(
                 HALF_PARAMS,
                 FP8,
             )
-        ahead_tile, ahead_step = _following(ahead_tile, ahead_step, STEPS)
+        ahead_tile, ahead_step = following(ahead_tile, ahead_step, STEPS)
     if PDL:  # weights are never written by a predecessor: they need not wait
         gdc_launch_dependents()
         gdc_wait()
@@ -328,7 +353,7 @@ def _stream(
         if begin + stage < end:
             _copy_inputs(inputs.index(stage), x_ptr, ahead_tile, ahead_step, num_tokens, TOKEN_TILES, K, BLOCK_M)
         async_copy.commit_group()
-        ahead_tile, ahead_step = _following(ahead_tile, ahead_step, STEPS)
+        ahead_tile, ahead_step = following(ahead_tile, ahead_step, STEPS)
     async_copy.wait_group(STAGES - 2)
     gl.thread_barrier()
     w00, w01, w10, w11 = _pairs(words.index(0), params.index(0), exponent, 0, FP8, GROUP, dtype)
@@ -338,7 +363,7 @@ def _stream(
     for unit in range(begin, end):
         fence_async_shared()
         x = inputs.index(slot).permute([1, 0])
-        weight = _operand(w00, w01, w10, w11, dtype, operand)
+        weight = operand(w00, w01, w10, w11, dtype, left)
         running = warpgroup_mma(weight, x.slice(0, 64, 0), acc, is_async=True)
         v00, v01, v10, v11 = _pairs(words.index(slot), params.index(slot), exponent, 1, FP8, GROUP, dtype)
         acc, weight = warpgroup_mma_wait(0, deps=[running, weight])
@@ -362,11 +387,11 @@ def _stream(
             _copy_inputs(inputs.index(free), x_ptr, ahead_tile, ahead_step, num_tokens, TOKEN_TILES, K, BLOCK_M)
         async_copy.commit_group()
         gl.thread_barrier()  # one that the compiler wants, where nothing waits for it
-        weight = _operand(v00, v01, v10, v11, dtype, operand)
+        weight = operand(v00, v01, v10, v11, dtype, left)
         running = warpgroup_mma(weight, x.slice(64, 64, 0), acc, is_async=True)
         free = slot
         slot = gl.where(slot == STAGES - 1, 0, slot + 1)
-        ahead_tile, ahead_step = _following(ahead_tile, ahead_step, STEPS)
+        ahead_tile, ahead_step = following(ahead_tile, ahead_step, STEPS)
         w00, w01, w10, w11 = _pairs(words.index(slot), params.index(slot), exponent, 0, FP8, GROUP, dtype)
         acc, weight = warpgroup_mma_wait(0, deps=[running, weight])
         if (step == STEPS - 1) | (unit + 1 == end):
@@ -390,7 +415,7 @@ def _stream(
                 BIAS,
             )
             acc = gl.zeros([128, BLOCK_M], gl.float32, mma)
-        tile, step = _following(tile, step, STEPS)
+        tile, step = following(tile, step, STEPS)
     async_copy.wait_group(0)
 
 
@@ -416,6 +441,7 @@ def _finish(
 ):
     """Store a tile, or this program's part of it; the last to arrive adds the parts up."""
     layout: gl.constexpr = acc.type.layout
+    PART: gl.constexpr = 128 * BLOCK_M
     # a zero that the compiler does not know: addresses are made here, not kept in registers throughout the loop
     zero = gl.inline_asm_elementwise("mov.b32 $0, 0; // $1", "=r,r", [tile], dtype=gl.int32, is_pure=True, pack=1)
     first = program_of(tile * STEPS, num_programs, total)
@@ -426,24 +452,22 @@ def _finish(
         row = zero + gl.arange(0, 128, gl.SliceLayout(1, layout))
         column = gl.arange(0, BLOCK_M, gl.SliceLayout(0, layout))
         within = row[:, None] * BLOCK_M + column[None, :]
-        # program + tile numbers the parts: both only ever grow from one part to the next
-        gl.store(partial_ptr + (program + tile) * (128 * BLOCK_M) + within, acc)
+        gl.store(partial_ptr + place_of(program, first) * PART + within, acc)
         gl.thread_barrier()
         complete = gl.atomic_add(arrivals_ptr + tile, 1, sem="acq_rel") == last - first
         gl.thread_barrier()
         if complete:
             acc = gl.zeros([128, BLOCK_M], gl.float32, layout)
-            start = partial_ptr + (first + tile) * (128 * BLOCK_M) + within
-            for part in range(0, last - first + 1, AT_ONCE):
+            for part in range(first, last + 1, AT_ONCE):
                 for i in gl.static_range(AT_ONCE):
-                    there = gl.full([128, BLOCK_M], part + i <= last - first, gl.int1, layout)
-                    pointers = start + (part + i) * (128 * BLOCK_M)
+                    there = gl.full([128, BLOCK_M], part + i <= last, gl.int1, layout)
+                    pointers = partial_ptr + place_of(part + i, first) * PART + within
                     acc += gl.load(pointers, mask=there, other=0.0, cache_modifier=".cg")
             gl.store(arrivals_ptr + tile, 0)  # ready for the next call
     if complete:
-        # rows g and g + 8 of a fragment are outputs 2 g and 2 g + 1, so that a thread's two lie side by side
         result = acc.reshape([8, 2, 8, BLOCK_M]).permute([0, 2, 1, 3]).reshape([128, BLOCK_M])
-        linear: gl.constexpr = result.type.layout
+        linear: gl.constexpr = output_layout(128, BLOCK_M, gl.num_warps())
+        result = gl.convert_layout(result, linear)
         n = tile // TOKEN_TILES * 128 + gl.arange(0, 128, gl.SliceLayout(1, linear))
         m = zero + tile % TOKEN_TILES * BLOCK_M + gl.arange(0, BLOCK_M, gl.SliceLayout(0, linear))
         if SCALE:
@@ -514,8 +538,7 @@ def stream(x: Tensor, weight: StreamedWeight, bias: Tensor | None, arrivals: Ten
     out = torch.empty((num_tokens, weight.out_features), dtype=x.dtype, device=x.device)
     num_tiles = weight.num_tiles(num_tokens, tile.block_m)
     num_programs = min(tile.num_programs, num_tiles * (in_features // STEP))
-    # what a program adds to a tile lies at program + tile
-    partial = torch.empty((num_programs + num_tiles, TILE, tile.block_m), dtype=torch.float32, device=x.device)
+    partial = torch.empty((2 * num_programs, TILE, tile.block_m), dtype=torch.float32, device=x.device)
     words = weight.words.view(torch.int32)
     _stream[(num_programs,)](
         out,

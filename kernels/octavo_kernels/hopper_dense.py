@@ -97,7 +97,7 @@ def _load_run(
 @gluon.jit
 def _halves(acc):
     """[rows, columns] -> its left and its right half; no value moves."""
-    return acc.reshape([acc.shape[0], 2, acc.shape[1] // 2]).permute([0, 2, 1]).split()
+    return gl.split(acc.reshape([acc.shape[0], 2, acc.shape[1] // 2]).permute([0, 2, 1]))
 
 
 @gluon.jit
@@ -121,12 +121,12 @@ def _finish(
 ):
     """Some columns of a tile: store them for its first program, or as that one add the others' and store the sum."""
     ROWS: gl.constexpr = acc.shape[0]
-    COLUMNS: gl.constexpr = acc.shape[1]
-    layout: gl.constexpr = acc.type.layout
+    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
+    acc = gl.convert_layout(acc, layout, assert_trivial=True)
     # a zero that the compiler does not know: addresses are made here, not kept in registers throughout the loop
     zero = gl.inline_asm_elementwise("mov.b32 $0, 0; // $1", "=r,r", [tile], dtype=gl.int32, is_pure=True, pack=1)
     row = zero + PART * ROWS + gl.arange(0, ROWS, gl.SliceLayout(1, layout))
-    column = COLUMN + gl.arange(0, COLUMNS, gl.SliceLayout(0, layout))
+    column = COLUMN + gl.arange(0, 64, gl.SliceLayout(0, layout))
     within = row[:, None] * BLOCK_M + column[None, :]
     if first < program:
         gl.store(partial_ptr + program * (GROUPS * ROWS * BLOCK_M) + within, acc)
@@ -135,7 +135,7 @@ def _finish(
             acc += gl.load(partial_ptr + other * (GROUPS * ROWS * BLOCK_M) + within, cache_modifier=".cg")
         STORE: gl.constexpr = gl.BlockedLayout([8, 1], [ROWS // 8, 256 // ROWS], [1, 4], [0, 1])
         n = (tile // token_tiles * GROUPS + PART) * ROWS + gl.arange(0, ROWS, gl.SliceLayout(1, STORE))
-        m = zero + tile % token_tiles * BLOCK_M + COLUMN + gl.arange(0, COLUMNS, gl.SliceLayout(0, STORE))
+        m = zero + tile % token_tiles * BLOCK_M + COLUMN + gl.arange(0, 64, gl.SliceLayout(0, STORE))
         if BIAS:
             rows = (tile // token_tiles * GROUPS) * ROWS + row
             acc += gl.load(bias_ptr + rows, mask=rows < num_rows, other=0.0).to(gl.float32)[:, None]
@@ -195,7 +195,7 @@ def _multiply_run(
             while gl.atomic_add(arrivals, 0, sem="acquire") < last - program:
                 pass
             gl.store(arrivals, 0)  # ready for the next call
-        if BLOCK_M <= 64:
+        if BLOCK_M == 64:
             _finish(
                 acc, out_ptr, partial_ptr, bias_ptr, tile, program, first, last, num_tokens, num_rows, token_tiles,
                 GROUPS, BLOCK_M, PART, 0, BIAS,

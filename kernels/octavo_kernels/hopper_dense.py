@@ -269,7 +269,8 @@ def _product(
     for stage in gl.static_range(STAGES):
         mbarrier.init(full.index(stage), count=1)
         mbarrier.init(empty.index(stage), count=GROUPS)
-    program, num_programs = gl.program_id(0), gl.num_programs(0)
+    num_programs = gl.num_programs(0)
+    program = num_programs - 1 - gl.program_id(0)  # who waits for others is started after them
     begin = first_unit(program, num_programs, num_units)
     end = first_unit(program + 1, num_programs, num_units)
     if GROUPS == 2:
@@ -344,8 +345,7 @@ def product(
 ) -> Tensor:
     """x [num_tokens, in_features], weight [out_features, in_features] -> [num_tokens, out_features].
 
-    ``arrivals`` int32 are zeros, at least ``num_groups`` for each tile, and zeros again afterwards. Programs wait for
-    each other: ``num_programs`` must not exceed the processors of the device.
+    ``arrivals`` int32 are zeros, at least ``num_groups`` for each tile, and zeros again afterwards.
     """
     num_tokens, in_features = x.shape
     out_features = weight.shape[0]

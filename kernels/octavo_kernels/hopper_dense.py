@@ -101,6 +101,52 @@ def _halves(acc):
 
 
 @gluon.jit
+def _opaque_zero(tile):
+    """A zero that the compiler does not know: addresses are made where it is, not kept in registers through a loop."""
+    return gl.inline_asm_elementwise("mov.b32 $0, 0; // $1", "=r,r", [tile], dtype=gl.int32, is_pure=True, pack=1)
+
+
+@gluon.jit
+def _part_offsets(tile, COLUMN, PART: gl.constexpr, ROWS: gl.constexpr, COLUMNS: gl.constexpr, BLOCK_M: gl.constexpr):
+    """Where columns of a group's rows lie in a part [GROUPS * ROWS, BLOCK_M]."""
+    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, COLUMNS, 16])
+    row = _opaque_zero(tile) + PART * ROWS + gl.arange(0, ROWS, gl.SliceLayout(1, layout))
+    column = COLUMN + gl.arange(0, COLUMNS, gl.SliceLayout(0, layout))
+    return row[:, None] * BLOCK_M + column[None, :]
+
+
+@gluon.jit
+def _store_sums(
+    acc,
+    out_ptr,
+    bias_ptr,
+    tile,
+    COLUMN,
+    num_tokens,
+    num_rows,
+    token_tiles,
+    PART: gl.constexpr,
+    ROWS: gl.constexpr,
+    COLUMNS: gl.constexpr,
+    GROUPS: gl.constexpr,
+    BLOCK_M: gl.constexpr,
+    BIAS: gl.constexpr,
+):
+    """Columns [ROWS, COLUMNS] of a tile from COLUMN on."""
+    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, COLUMNS, 16])
+    STORE: gl.constexpr = gl.BlockedLayout([8, 1], [ROWS // 8, 256 // ROWS], [1, 4], [0, 1])
+    first_row = (tile // token_tiles * GROUPS + PART) * ROWS
+    if BIAS:
+        n = first_row + gl.arange(0, ROWS, gl.SliceLayout(1, layout))
+        acc += gl.load(bias_ptr + n, mask=n < num_rows, other=0.0).to(gl.float32)[:, None]
+    n = first_row + gl.arange(0, ROWS, gl.SliceLayout(1, STORE))
+    m = tile % token_tiles * BLOCK_M + COLUMN + gl.arange(0, COLUMNS, gl.SliceLayout(0, STORE))
+    mask = (n < num_rows)[:, None] & (m < num_tokens)[None, :]
+    result = gl.convert_layout(acc.to(out_ptr.dtype.element_ty), STORE)
+    gl.store(out_ptr + ((_opaque_zero(tile) + m) * num_rows)[None, :] + n[:, None], result, mask=mask)
+
+
+@gluon.jit
 def _finish(
     acc,
     out_ptr,
@@ -113,35 +159,81 @@ def _finish(
     num_tokens,
     num_rows,
     token_tiles,
+    PART: gl.constexpr,
+    ROWS: gl.constexpr,
     GROUPS: gl.constexpr,
     BLOCK_M: gl.constexpr,
-    PART: gl.constexpr,
     COLUMN: gl.constexpr,
     BIAS: gl.constexpr,
+    SHARE: gl.constexpr,
 ):
     """Some columns of a tile: store them for its first program, or as that one add the others' and store the sum."""
-    ROWS: gl.constexpr = acc.shape[0]
-    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
+    COLUMNS: gl.constexpr = min(BLOCK_M, 64)
+    SIZE: gl.constexpr = GROUPS * ROWS * BLOCK_M
+    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, COLUMNS, 16])
     acc = gl.convert_layout(acc, layout, assert_trivial=True)
-    # a zero that the compiler does not know: addresses are made here, not kept in registers throughout the loop
-    zero = gl.inline_asm_elementwise("mov.b32 $0, 0; // $1", "=r,r", [tile], dtype=gl.int32, is_pure=True, pack=1)
-    row = zero + PART * ROWS + gl.arange(0, ROWS, gl.SliceLayout(1, layout))
-    column = COLUMN + gl.arange(0, 64, gl.SliceLayout(0, layout))
-    within = row[:, None] * BLOCK_M + column[None, :]
-    if first < program:
-        gl.store(partial_ptr + program * (GROUPS * ROWS * BLOCK_M) + within, acc)
+    within = _part_offsets(tile, COLUMN, PART, ROWS, COLUMNS, BLOCK_M)
+    if SHARE:
+        if first < last:
+            gl.store(partial_ptr + (program + tile) * SIZE + within, acc)
+        else:
+            _store_sums(
+                acc, out_ptr, bias_ptr, tile, COLUMN, num_tokens, num_rows, token_tiles, PART, ROWS, COLUMNS, GROUPS,
+                BLOCK_M, BIAS,
+            )  # fmt: skip
+    elif first < program:
+        gl.store(partial_ptr + program * SIZE + within, acc)
     else:
         for other in range(program + 1, last + 1):
-            acc += gl.load(partial_ptr + other * (GROUPS * ROWS * BLOCK_M) + within, cache_modifier=".cg")
-        STORE: gl.constexpr = gl.BlockedLayout([8, 1], [ROWS // 8, 256 // ROWS], [1, 4], [0, 1])
-        n = (tile // token_tiles * GROUPS + PART) * ROWS + gl.arange(0, ROWS, gl.SliceLayout(1, STORE))
-        m = zero + tile % token_tiles * BLOCK_M + COLUMN + gl.arange(0, 64, gl.SliceLayout(0, STORE))
-        if BIAS:
-            rows = (tile // token_tiles * GROUPS) * ROWS + row
-            acc += gl.load(bias_ptr + rows, mask=rows < num_rows, other=0.0).to(gl.float32)[:, None]
-        result = gl.convert_layout(acc.to(out_ptr.dtype.element_ty), STORE)
-        mask = (n < num_rows)[:, None] & (m < num_tokens)[None, :]
-        gl.store(out_ptr + (m * num_rows)[None, :] + n[:, None], result, mask=mask)
+            acc += gl.load(partial_ptr + other * SIZE + within, cache_modifier=".cg")
+        _store_sums(
+            acc, out_ptr, bias_ptr, tile, COLUMN, num_tokens, num_rows, token_tiles, PART, ROWS, COLUMNS, GROUPS,
+            BLOCK_M, BIAS,
+        )  # fmt: skip
+
+
+@gluon.jit
+def _add_share(
+    out_ptr,
+    partial_ptr,
+    arrivals,
+    bias_ptr,
+    tile,
+    program,
+    first,
+    last,
+    num_tokens,
+    num_rows,
+    token_tiles,
+    PART: gl.constexpr,
+    ROWS: gl.constexpr,
+    GROUPS: gl.constexpr,
+    BLOCK_M: gl.constexpr,
+    BIAS: gl.constexpr,
+):
+    """Wait for all parts of a tile and add up those columns that are this program's share."""
+    COLUMNS: gl.constexpr = 16
+    AT_ONCE: gl.constexpr = 4  # loads on their way
+    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, COLUMNS, 16])
+    SIZE: gl.constexpr = GROUPS * ROWS * BLOCK_M
+    num_parts = last - first + 1
+    while gl.atomic_add(arrivals, 0, sem="acquire") < num_parts:
+        pass
+    gl.thread_barrier()
+    for share in range(program - first, BLOCK_M // COLUMNS, num_parts):
+        within = _part_offsets(tile, share * COLUMNS, PART, ROWS, COLUMNS, BLOCK_M)
+        acc = gl.zeros([ROWS, COLUMNS], gl.float32, layout)
+        for part in range(first, last + 1, AT_ONCE):
+            for i in gl.static_range(AT_ONCE):
+                there = gl.full([ROWS, COLUMNS], part + i <= last, gl.int1, layout)
+                pointers = partial_ptr + (part + i + tile) * SIZE + within
+                acc += gl.load(pointers, mask=there, other=0.0, cache_modifier=".cg")
+        _store_sums(
+            acc, out_ptr, bias_ptr, tile, share * COLUMNS, num_tokens, num_rows, token_tiles, PART, ROWS, COLUMNS,
+            GROUPS, BLOCK_M, BIAS,
+        )  # fmt: skip
+    if gl.atomic_add(arrivals, 1, sem="relaxed") == 2 * num_parts - 1:
+        gl.store(arrivals, 0)  # ready for the next call
 
 
 @gluon.jit
@@ -169,6 +261,7 @@ def _multiply_run(
     STAGES: gl.constexpr,
     PART: gl.constexpr,
     BIAS: gl.constexpr,
+    SHARE: gl.constexpr,
 ):
     """One group's rows of each tile: the PART-th."""
     # an instruction's sums must fit the registers that a thread has at the start
@@ -191,48 +284,57 @@ def _multiply_run(
         first = program_of(tile * num_steps, num_programs, num_units)
         last = program_of(tile * num_steps + num_steps - 1, num_programs, num_units)
         arrivals = arrivals_ptr + tile * GROUPS + PART
-        if first == program and last > program:
+        if not SHARE and (first == program and last > program):
             while gl.atomic_add(arrivals, 0, sem="acquire") < last - program:
                 pass
             gl.store(arrivals, 0)  # ready for the next call
-        if BLOCK_M == 64:
+        if BLOCK_M <= 64:
             _finish(
                 acc, out_ptr, partial_ptr, bias_ptr, tile, program, first, last, num_tokens, num_rows, token_tiles,
-                GROUPS, BLOCK_M, PART, 0, BIAS,
+                PART, ROWS, GROUPS, BLOCK_M, 0, BIAS, SHARE,
             )  # fmt: skip
         elif BLOCK_M == 128:
             left, right = _halves(acc)
             _finish(
                 left, out_ptr, partial_ptr, bias_ptr, tile, program, first, last, num_tokens, num_rows, token_tiles,
-                GROUPS, BLOCK_M, PART, 0, BIAS,
+                PART, ROWS, GROUPS, BLOCK_M, 0, BIAS, SHARE,
             )  # fmt: skip
             _finish(
                 right, out_ptr, partial_ptr, bias_ptr, tile, program, first, last, num_tokens, num_rows, token_tiles,
-                GROUPS, BLOCK_M, PART, 64, BIAS,
+                PART, ROWS, GROUPS, BLOCK_M, 64, BIAS, SHARE,
             )  # fmt: skip
         else:
             left, right = _halves(acc)
             left, middle = _halves(left)
             _finish(
                 left, out_ptr, partial_ptr, bias_ptr, tile, program, first, last, num_tokens, num_rows, token_tiles,
-                GROUPS, BLOCK_M, PART, 0, BIAS,
+                PART, ROWS, GROUPS, BLOCK_M, 0, BIAS, SHARE,
             )  # fmt: skip
             _finish(
                 middle, out_ptr, partial_ptr, bias_ptr, tile, program, first, last, num_tokens, num_rows, token_tiles,
-                GROUPS, BLOCK_M, PART, 64, BIAS,
+                PART, ROWS, GROUPS, BLOCK_M, 64, BIAS, SHARE,
             )  # fmt: skip
             left, middle = _halves(right)
             _finish(
                 left, out_ptr, partial_ptr, bias_ptr, tile, program, first, last, num_tokens, num_rows, token_tiles,
-                GROUPS, BLOCK_M, PART, 128, BIAS,
+                PART, ROWS, GROUPS, BLOCK_M, 128, BIAS, SHARE,
             )  # fmt: skip
             _finish(
                 middle, out_ptr, partial_ptr, bias_ptr, tile, program, first, last, num_tokens, num_rows, token_tiles,
-                GROUPS, BLOCK_M, PART, 192, BIAS,
+                PART, ROWS, GROUPS, BLOCK_M, 192, BIAS, SHARE,
             )  # fmt: skip
-        if first < program:
+        if (first < last) if SHARE else (first < program):
             gl.thread_barrier()  # all threads' stores before the one thread that announces them
             gl.atomic_add(arrivals, 1, sem="release")
+    if SHARE:
+        for tile in range(begin // num_steps, (end + num_steps - 1) // num_steps):
+            first = program_of(tile * num_steps, num_programs, num_units)
+            last = program_of(tile * num_steps + num_steps - 1, num_programs, num_units)
+            if first < last:
+                _add_share(
+                    out_ptr, partial_ptr, arrivals_ptr + tile * GROUPS + PART, bias_ptr, tile, program, first, last,
+                    num_tokens, num_rows, token_tiles, PART, ROWS, GROUPS, BLOCK_M, BIAS,
+                )  # fmt: skip
 
 
 @gluon.jit(do_not_specialize=["num_tokens", "num_units", "num_steps", "token_tiles"])
@@ -255,6 +357,7 @@ def _product(
     COMPUTING_REGISTERS: gl.constexpr,
     LOADING_REGISTERS: gl.constexpr,
     BIAS: gl.constexpr,
+    SHARE: gl.constexpr,
     PDL: gl.constexpr,
 ):
     """Program: a run of steps through tiles of GROUPS * ROWS outputs and BLOCK_M tokens."""
@@ -278,13 +381,13 @@ def _product(
             [
                 (_multiply_run, (
                     out_ptr, partial_ptr, arrivals_ptr, bias_ptr, weights, inputs, full, empty, begin, end, program,
-                    num_programs, num_units, num_tokens, num_rows, num_steps, token_tiles, ROWS, GROUPS, BLOCK_M, STAGES,
-                    0, BIAS,
+                    num_programs, num_units, num_tokens, num_rows, num_steps, token_tiles, ROWS, GROUPS, BLOCK_M,
+                    STAGES, 0, BIAS, SHARE,
                 )),
                 (_multiply_run, (
                     out_ptr, partial_ptr, arrivals_ptr, bias_ptr, weights, inputs, full, empty, begin, end, program,
-                    num_programs, num_units, num_tokens, num_rows, num_steps, token_tiles, ROWS, GROUPS, BLOCK_M, STAGES,
-                    1, BIAS,
+                    num_programs, num_units, num_tokens, num_rows, num_steps, token_tiles, ROWS, GROUPS, BLOCK_M,
+                    STAGES, 1, BIAS, SHARE,
                 )),
                 (_load_run, (
                     weight_descriptor, x_descriptor, weights, inputs, full, empty, begin, end, num_steps, token_tiles,
@@ -299,18 +402,18 @@ def _product(
             [
                 (_multiply_run, (
                     out_ptr, partial_ptr, arrivals_ptr, bias_ptr, weights, inputs, full, empty, begin, end, program,
-                    num_programs, num_units, num_tokens, num_rows, num_steps, token_tiles, ROWS, GROUPS, BLOCK_M, STAGES,
-                    0, BIAS,
+                    num_programs, num_units, num_tokens, num_rows, num_steps, token_tiles, ROWS, GROUPS, BLOCK_M,
+                    STAGES, 0, BIAS, SHARE,
                 )),
                 (_multiply_run, (
                     out_ptr, partial_ptr, arrivals_ptr, bias_ptr, weights, inputs, full, empty, begin, end, program,
-                    num_programs, num_units, num_tokens, num_rows, num_steps, token_tiles, ROWS, GROUPS, BLOCK_M, STAGES,
-                    1, BIAS,
+                    num_programs, num_units, num_tokens, num_rows, num_steps, token_tiles, ROWS, GROUPS, BLOCK_M,
+                    STAGES, 1, BIAS, SHARE,
                 )),
                 (_multiply_run, (
                     out_ptr, partial_ptr, arrivals_ptr, bias_ptr, weights, inputs, full, empty, begin, end, program,
-                    num_programs, num_units, num_tokens, num_rows, num_steps, token_tiles, ROWS, GROUPS, BLOCK_M, STAGES,
-                    2, BIAS,
+                    num_programs, num_units, num_tokens, num_rows, num_steps, token_tiles, ROWS, GROUPS, BLOCK_M,
+                    STAGES, 2, BIAS, SHARE,
                 )),
                 (_load_run, (
                     weight_descriptor, x_descriptor, weights, inputs, full, empty, begin, end, num_steps, token_tiles,
@@ -341,7 +444,13 @@ class DenseTiling:
 
 
 def product(
-    x: Tensor, weight: Tensor, bias: Tensor | None, arrivals: Tensor, tile: DenseTiling, num_programs: int
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    arrivals: Tensor,
+    tile: DenseTiling,
+    num_programs: int,
+    share: bool = False,
 ) -> Tensor:
     """x [num_tokens, in_features], weight [out_features, in_features] -> [num_tokens, out_features].
 
@@ -355,7 +464,11 @@ def product(
     num_steps = triton.cdiv(in_features, STEP)
     num_units = num_steps * tile.num_tiles(num_tokens, out_features)
     num_programs = min(num_programs, num_units)
-    shape = (num_programs, tile.num_groups * tile.rows, tile.block_m)
+    shape = (
+        num_programs + (tile.num_tiles(num_tokens, out_features) if share else 0),
+        tile.num_groups * tile.rows,
+        tile.block_m,
+    )
     partial = torch.empty(shape, dtype=torch.float32, device=x.device)
     layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
     at_start, computing, loading = tile.registers
@@ -378,9 +491,11 @@ def product(
         COMPUTING_REGISTERS=computing,
         LOADING_REGISTERS=loading,
         BIAS=bias is not None,
-        PDL=device.dependent_launch,
+        SHARE=share,
+        PDL=dependent,
         num_warps=4,
         maxnreg=at_start,
-        **device.options,
+        launch_pdl=dependent,
+        launch_cooperative_grid=cooperative,
     )
     return out

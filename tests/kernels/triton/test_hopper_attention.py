@@ -1,20 +1,263 @@
-"""The prefill kernel for Hopper, whose Gluon no interpreter runs: its Python is run with threads for its warps.
+"""The prefill kernel for Hopper, whose Gluon no interpreter runs: its Python is run here with threads for its warps.
 
-What the compiler does with layouts is not covered; ``tests/gpu/test_hopper_attention.py`` is for that.
+What stands in for the language keeps the rules by which such a kernel goes wrong: barriers with phases, copies that
+arrive late and in any order over memory that holds no numbers until then, products that read shared memory only when
+they are waited for, tiles that lie in shared memory in two halves. What the compiler does with layouts is not covered;
+``tests/gpu/test_hopper_attention.py`` is for that.
 """
 
 from __future__ import annotations
 
 import random
+import threading
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
-from tests.gluon import Emulator, Pointer
+from torch import Tensor
 
 from octavo.interfaces import AttentionNeed
 from octavo_kernels import hopper_attention
 from octavo_kernels.attention import LOG2_E, paged_attention_reference
 from octavo_kernels.hopper_backend import HopperAttention
+
+PATIENCE = 10.0  # seconds until a barrier that nobody completes counts as a deadlock
+
+
+def _scalar(value: int | float) -> Tensor:
+    return torch.tensor(value)
+
+
+@dataclass(frozen=True)
+class Pointer:
+    """An address in ``memory`` (flat) with its offsets."""
+
+    memory: Tensor
+    offsets: Tensor = field(default_factory=lambda: _scalar(0))
+
+    @property
+    def dtype(self) -> Any:
+        return SimpleNamespace(element_ty=self.memory.dtype)
+
+    def __add__(self, offsets: Tensor) -> Pointer:
+        return Pointer(self.memory, self.offsets + offsets)
+
+
+def load(pointer: Pointer, mask: Tensor | None = None, other: float = 0.0) -> Tensor:
+    if mask is None:
+        assert bool((pointer.offsets >= 0).all())
+        return pointer.memory[pointer.offsets]
+    offsets, mask = torch.broadcast_tensors(pointer.offsets, mask)
+    return torch.where(mask, pointer.memory[torch.where(mask, offsets, 0)], other).to(pointer.memory.dtype)
+
+
+def store(pointer: Pointer, value: Tensor, mask: Tensor) -> None:
+    offsets, mask = torch.broadcast_tensors(pointer.offsets, mask)
+    pointer.memory[offsets[mask]] = value[mask]
+
+
+@dataclass(frozen=True)
+class Shared:
+    """Shared memory: tiles of ``shape`` in ``memory`` (flat), each as panels of 64 columns."""
+
+    memory: Tensor
+    shape: tuple[int, ...]
+    transposed: bool = False
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.memory.dtype
+
+    def index(self, index: int | Tensor) -> Shared:
+        assert 0 <= index < self.shape[0]
+        size = self.memory.numel() // self.shape[0]
+        return Shared(self.memory[int(index) * size :][:size], self.shape[1:])
+
+    def _reinterpret(self, dtype: torch.dtype, shape: Sequence[int], layout: object) -> Shared:
+        assert (dtype, torch.Size(shape).numel()) == (self.dtype, self.memory.numel())
+        return Shared(self.memory, tuple(shape))
+
+    def permute(self, order: tuple[int, int]) -> Shared:
+        return Shared(self.memory, self.shape, transposed=True)
+
+    @property
+    def _panels(self) -> Tensor:
+        rows, columns = self.shape
+        return self.memory.view(columns // 64, rows, 64)
+
+    def load(self, layout: object = None) -> Tensor:
+        tile = self._panels.transpose(0, 1).reshape(self.shape).clone()
+        return tile.T if self.transposed else tile
+
+    def store(self, value: Tensor) -> None:
+        self._panels.copy_(value.view(self.shape[0], -1, 64).transpose(0, 1))
+
+
+class Barrier:
+    """An mbarrier: a phase ends with the last arrival and the last byte."""
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._phase = 0
+
+    def init(self, count: int) -> None:
+        self._count = self._pending = count
+        self._bytes = 0
+
+    def arrive(self, num_bytes: int = 0) -> None:
+        with self._changed:
+            assert self._pending > 0
+            self._pending -= 1
+            self._bytes += num_bytes
+            self._complete()
+
+    def receive(self, num_bytes: int) -> None:
+        with self._changed:
+            self._bytes -= num_bytes
+            self._complete()
+
+    def _complete(self) -> None:
+        if self._pending == 0 and self._bytes == 0:
+            self._phase += 1
+            self._pending = self._count
+            self._changed.notify_all()
+
+    def wait(self, parity: int | Tensor) -> None:
+        time.sleep(random.random() * 1e-4)
+        with self._changed:
+            assert self._changed.wait_for(lambda: self._phase % 2 != int(parity), PATIENCE), "deadlock"
+
+
+class Barriers:
+    def __init__(self, count: int) -> None:
+        self._barriers = [Barrier() for _ in range(count)]
+
+    def index(self, index: int | Tensor) -> Barrier:
+        return self._barriers[int(index)]
+
+
+@dataclass
+class Product:
+    """A matrix product under way: it reads its operands when it is waited for."""
+
+    compute: Callable[[], Tensor]
+    result: Tensor | None = None
+
+    def finish(self) -> None:
+        if self.result is None:
+            self.result = self.compute()
+
+
+class Emulator:
+    """The names of Gluon that the kernel uses."""
+
+    def __init__(self) -> None:
+        self._program = threading.local()
+        self._grid = (1, 1)
+
+    def run(self, kernel: Callable[..., None], grid: tuple[int, int], *args: object, **constants: object) -> None:
+        self._grid = grid
+        for x in range(grid[0]):
+            for y in range(grid[1]):
+                self._program.ids = (x, y)
+                kernel(*args, **constants)
+
+    def names(self) -> dict[str, Any]:
+        """What to put in place of the module's names."""
+        layout = SimpleNamespace
+        gl = SimpleNamespace(
+            float32=torch.float32, int64=torch.int64, load=load, store=store, static_range=range, exp2=torch.exp2,
+            where=torch.where, zeros_like=torch.zeros_like,
+            program_id=lambda axis: _scalar(self._program.ids[axis]),
+            num_programs=lambda axis: _scalar(self._grid[axis]),
+            arange=lambda begin, end, layout: torch.arange(begin, end),
+            zeros=lambda shape, dtype, layout: torch.zeros(shape, dtype=dtype),
+            full=lambda shape, value, dtype, layout: torch.full(shape, value, dtype=dtype),
+            maximum=lambda x, y: torch.maximum(torch.as_tensor(x), torch.as_tensor(y)),
+            minimum=lambda x, y: torch.minimum(torch.as_tensor(x), torch.as_tensor(y)),
+            max=lambda x, axis: x.amax(axis), sum=lambda x, axis: x.sum(axis), cdiv=lambda x, y: (x + y - 1) // y,
+            convert_layout=lambda x, layout: x, thread_barrier=lambda: None,
+            allocate_shared_memory=self._allocate, warp_specialize=self._specialize,
+            SliceLayout=lambda *_: None, DotOperandLayout=lambda *_: None,
+            BlockedLayout=lambda *_: None, NVMMASharedLayout=lambda **_: layout(),
+            NVMMADistributedLayout=lambda **_: layout(),
+        )  # fmt: skip
+        return {
+            "gl": gl,
+            "mbarrier": SimpleNamespace(
+                MBarrierLayout=lambda: "barriers",
+                init=lambda barrier, count: barrier.init(count),
+                wait=lambda barrier, parity: barrier.wait(parity),
+                expect=lambda barrier, num_bytes: barrier.arrive(num_bytes),
+                arrive=lambda barrier: barrier.arrive(),
+            ),
+            "tma": SimpleNamespace(async_copy_global_to_shared=self._copy),
+            "warpgroup_mma": self._multiply,
+            "warpgroup_mma_wait": self._wait,
+            "fence_async_shared": lambda: None,
+            **{
+                name: value.fn
+                for name, value in vars(hopper_attention).items()
+                if isinstance(value, hopper_attention.gluon._runtime.GluonJITFunction)
+            },
+        }
+
+    def _allocate(self, dtype: torch.dtype, shape: list[int], layout: object) -> Shared | Barriers:
+        if layout == "barriers":
+            return Barriers(shape[0])
+        return Shared(torch.full((torch.Size(shape).numel(),), float("nan"), dtype=dtype), tuple(shape))
+
+    def _copy(self, source: Tensor, at: list[Any], barrier: Barrier, target: Shared) -> None:
+        """In a thread of its own, some time later; until then the target holds no numbers."""
+        target.memory.fill_(float("nan"))
+        row, column = (int(x) for x in at)
+        assert 0 <= row <= source.shape[0] - target.shape[0]
+
+        def arrive() -> None:
+            time.sleep(random.random() * 2e-4)
+            target.store(source[row : row + target.shape[0], column : column + 64])
+            barrier.receive(target.memory.numel() * 2)  # float32 stands for 16 bits
+
+        threading.Thread(target=arrive).start()
+
+    def _multiply(self, a: Any, b: Shared, accumulator: Any, use_acc: bool = True, is_async: bool = False) -> Product:
+        assert is_async
+
+        def compute() -> Tensor:
+            left = a.load() if isinstance(a, Shared) else a
+            product = left.float() @ b.load().float()
+            return accumulator + product if use_acc else product
+
+        product = Product(compute)
+        self._program.running = [*getattr(self._program, "running", []), product]
+        return product
+
+    def _wait(self, num_outstanding: int, deps: list[Product]) -> Tensor:
+        running = self._program.running
+        done, self._program.running = (
+            running[: len(running) - num_outstanding],
+            running[len(running) - num_outstanding :],
+        )
+        time.sleep(random.random() * 2e-3)
+        for product in done:
+            product.finish()
+        result = deps[0].result
+        assert result is not None, "used before it was waited for"
+        return result
+
+    def _specialize(self, parts: list[tuple[Callable[..., None], tuple[Any, ...]]], *_: object) -> None:
+        def run(part: Callable[..., None], args: tuple[Any, ...]) -> None:
+            part(*args)
+            assert not getattr(self._program, "running", []), "a product was never waited for"
+
+        with ThreadPoolExecutor(len(parts)) as threads:
+            for done in [threads.submit(run, *part) for part in parts]:
+                done.result()
 
 
 @pytest.mark.parametrize(("num_heads", "num_kv_heads"), [(4, 1), (2, 2), (7, 1)], ids=str)
@@ -52,14 +295,15 @@ def test_attends_with_warps_as_threads(
     out = torch.full((sum(query_lens) * num_heads * head_dim,), float("nan"))
 
     emulator = Emulator()
-    emulator.replace(hopper_attention, monkeypatch)
+    for name, value in emulator.names().items():
+        monkeypatch.setattr(hopper_attention, name, value)
     group = num_heads // num_kv_heads
     num_tiles = sum(query_lens) // (hopper_attention.BLOCK_M // group) + len(rows)
     scale = head_dim**-0.5
     emulator.run(
         hopper_attention._prefill_attention, (num_kv_heads, num_tiles), Pointer(out), Pointer(query.flatten()),
         kv.view(-1, head_dim), Pointer(tables.long().flatten()), Pointer(starts), Pointer(lens),
-        tables.stride(0), torch.tensor(0), len(rows), scale * LOG2_E, 0.5, num_kv_heads, group, head_dim, block_size,
+        tables.stride(0), _scalar(0), len(rows), scale * LOG2_E, 0.5, num_kv_heads, group, head_dim, block_size,
         hopper_attention.BLOCK_M, hopper_attention.BLOCK_N, hopper_attention.STAGES, 0, 0, False,
     )  # fmt: skip
     reference = paged_attention_reference(query, clean, tables, starts, lens, scale=scale, value_scale=0.5)

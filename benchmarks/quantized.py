@@ -197,7 +197,8 @@ def models(args: argparse.Namespace) -> None:
         with tempfile.TemporaryDirectory() as folder:
             config = LLAMA_8B if kind.settings is None else {**LLAMA_8B, "quantization_config": kind.settings}
             (Path(folder) / "config.json").write_text(json.dumps(config), encoding="utf-8")
-            octavo = Octavo(Path(folder), kernels=kernels, **kind.options)
+            options = {**kind.options, "kernels": kernels, "compile_workers": args.compile_workers}
+            octavo = Octavo(Path(folder), **options)
         print(name, octavo.engine.info.startup_seconds)
         table.add(f"{name}, weights", "GiB", kind.weights, octavo.engine.info.weight_bytes / 2**30)
         octavo.run([octavo.submit(prompt, 8) for prompt in octavo.prompts(8, 64, seed=0)])
@@ -271,6 +272,7 @@ def main() -> None:
     part.add_argument("--batches", type=int, nargs="*", default=list(INT4_DECODE), help="rows of decode steps")
     part.add_argument("--profile", type=int, nargs="*", default=[], help="rows of decode steps to take apart")
     part.add_argument("--trace", action="store_true", help="and the throughput of the trace")
+    part.add_argument("--compile-workers", type=int, default=0, metavar="N", help="at start; 0: one after the other")
     part.add_argument("--save", type=Path, metavar="FILE", help="write every figure as JSON")
     part.set_defaults(run=models)
     args = parser.parse_args()

@@ -299,8 +299,8 @@ class KernelCompiler(Protocol):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None: ...
 
-    def all_cached(self, timeout: float) -> bool:
-        """Whether nothing noted so far had to be compiled; False if that takes more than ``timeout`` seconds to say."""
+    def all_cached(self) -> bool:
+        """Whether nothing noted so far had to be compiled. Waits until that is certain: one compilation settles it."""
         ...
 
 

@@ -309,16 +309,18 @@ def profile(octavo: Octavo, batch: int) -> str:
     return "\n".join(lines)
 
 
-def startup(model: Path, compile_workers: int) -> dict[str, float]:
+def startup(model: Path, compile_workers: int | None) -> dict[str, float]:
     """Seconds from starting a process until its engine is ready: with empty caches of compiled kernels, and again."""
     with tempfile.TemporaryDirectory() as cache:
         environment = {**os.environ, "TRITON_CACHE_DIR": cache, "OCTAVO_MODEL": str(model)}
         return {name: _start(environment, compile_workers) for name in STARTUP}
 
 
-def _start(environment: dict[str, str], compile_workers: int) -> float:
+def _start(environment: dict[str, str], compile_workers: int | None) -> float:
     started = time.perf_counter()
-    command = [sys.executable, __file__, "ready", "--compile-workers", str(compile_workers)]
+    command = [sys.executable, __file__, "ready"]
+    if compile_workers is not None:
+        command += ["--compile-workers", str(compile_workers)]
     child = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
     assert child.stdout is not None
     ready = child.stdout.readline()
@@ -365,7 +367,7 @@ def main() -> None:
     parser.add_argument("parts", nargs="*", metavar="PART", help=f"of {', '.join(PARTS[:-1])} (default: all but soak)")
     parser.add_argument("--batches", type=int, nargs="+", default=list(DECODE), help="of decode and profile")
     parser.add_argument("--workloads", nargs="+", default=list(THROUGHPUT), help="of throughput")
-    parser.add_argument("--compile-workers", type=int, default=0, metavar="N", help="of startup")
+    parser.add_argument("--compile-workers", type=int, metavar="N", help="of startup (default: the engine's)")
     parser.add_argument("--enforce-eager", action="store_true", help="without CUDA graphs")
     parser.add_argument("--attention-backend", metavar="NAME", help="default: the best that can serve")
     parser.add_argument("--requests", type=int, help="of throughput and steps; default: all")

@@ -72,7 +72,7 @@ class EngineConfig:
     kernels: Mapping[str, str] = field(default_factory=dict)  # operation -> implementation, when one is insisted on
     overlap: bool | None = None  # launch a step before the last one is settled; None: on a GPU
     enforce_eager: bool = False
-    compile_workers: int = 0  # threads that compile kernels at start before a trial run; 0: as they are launched
+    compile_workers: int | None = None  # threads that compile kernels at start; None: one a core; 0: no threads
     batch_invariant: bool = False
     num_threads: int | None = None
     tensor_parallel_size: int = 1
@@ -98,7 +98,7 @@ class EngineConfig:
         for name, value in positive.items():
             if value is not None and value < 1:
                 raise ConfigError(f"{name} must be at least 1, not {value}")
-        if self.compile_workers < 0:
+        if self.compile_workers is not None and self.compile_workers < 0:
             raise ConfigError(f"compile_workers must be 0 or above, not {self.compile_workers}")
         if self.block_size < 1 or self.block_size & (self.block_size - 1):
             raise ConfigError(f"block_size must be a power of two, not {self.block_size}")

@@ -177,9 +177,9 @@ class Hooks:
 
     @hookspec
     def octavo_kernel_compilers(self) -> Sequence[Provider]:
-        """Classes of :class:`octavo.interfaces.KernelCompiler`, made with ``(device, num_workers)``: with
-        ``--compile-workers`` all that lack nothing for the device watch a trial run of the model. Engine start, in the
-        engine's process."""
+        """Classes of :class:`octavo.interfaces.KernelCompiler`, made with ``(device, num_workers)``: all
+        that lack nothing for the device watch a trial run of the model, unless ``--compile-workers`` is 0. Engine
+        start, in the engine's process."""
         raise NotImplementedError
 
     # --- scheduling and sampling -------------------------------------------------------------------------------------

@@ -74,6 +74,7 @@ from octavo.text import TextProcessor, collect_eos_token_ids
 logger = logging.getLogger(__name__)
 
 UNKNOWN_CONTEXT = 2048  # tokens, of a model that does not say how many it was made for
+MAX_COMPILE_WORKERS = 16  # unless more are asked for: there are some dozens of kernels
 GRAPHS_RESERVE = 512 * 1024**2  # what captured graphs take beside activations: workspaces and kernels' arguments
 
 BUILTIN_KERNELS = (
@@ -230,6 +231,7 @@ def build_engine(resolved: Resolved) -> Engine:
     max_num_batched_tokens = config.max_num_batched_tokens or (8192 if device.type == "cuda" else 2048)
     max_num_batched_tokens = max(max_num_batched_tokens, config.max_num_seqs)
     loader = _ModelLoader(config, host, device, operations)
+    compilers = make_compilers(host, device, config.compile_workers)
 
     with clock.measure("weights"):
         target = loader.load(resolved.checkpoint, resolved.model_config, config.dtype, config.quantization)
@@ -243,9 +245,8 @@ def build_engine(resolved: Resolved) -> Engine:
 
     processors = make_processors(list(host.logits_processors().values()), target.vocab_size, device)
     use_graphs = device.type == "cuda" and target.backend.capturable and not config.enforce_eager
-    if config.compile_workers:
+    if compilers:
         with clock.measure("kernels"):
-            compilers = make_compilers(host, device, config.compile_workers)
             compile_kernels(compilers, target, max_num_batched_tokens)
     with clock.measure("memory"):
         if device.type == "cuda":
@@ -491,7 +492,12 @@ def set_num_threads(config: EngineConfig, device: torch.device) -> None:
     if config.num_threads is not None:
         torch.set_num_threads(config.num_threads)
     elif device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+        torch.set_num_threads(num_cores())
+
+
+def num_cores() -> int:
+    """How many cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def choose_kv_dtype(wanted: str, dtype: torch.dtype) -> torch.dtype:
@@ -508,12 +514,15 @@ def choose_kv_dtype(wanted: str, dtype: torch.dtype) -> torch.dtype:
     return known[wanted]
 
 
-def make_compilers(host: PluginHost, device: torch.device, num_workers: int) -> list[KernelCompiler]:
-    """The compilers of all plugins that have kernels for ``device``.
+def make_compilers(host: PluginHost, device: torch.device, num_workers: int | None) -> list[KernelCompiler]:
+    """The compilers of all plugins that have kernels for ``device``; None: with a thread for each core, at most 16.
 
     Raises:
-        ConfigError: there is none; each one's reasons.
+        ConfigError: threads were asked for, and there is nothing for them to do; each compiler's reasons.
     """
+    if num_workers == 0:
+        return []
+    num_threads = num_workers or min(num_cores(), MAX_COMPILE_WORKERS)
     made: list[KernelCompiler] = []
     reasons: list[str] = []
     for provider in host.kernel_compilers().values():
@@ -521,8 +530,8 @@ def make_compilers(host: PluginHost, device: torch.device, num_workers: int) -> 
         if lacking:
             reasons.append(f"{provider.name}: {'; '.join(lacking)}")
         else:
-            made.append(provider.resolve()(device, num_workers))
-    if not made:
+            made.append(provider.resolve()(device, num_threads))
+    if not made and num_workers is not None:
         why = "".join(f"\n  {reason}" for reason in reasons)
         raise ConfigError(f"compile_workers is {num_workers}, but no plugin compiles for {device}; use 0{why}")
     return made
@@ -544,7 +553,7 @@ def compile_kernels(compilers: Sequence[KernelCompiler], target: _LoadedModel, m
         steps.append(sampling_step(config.max_num_seqs, config.block_size))
         for i, step in enumerate(steps):
             runner.launch(step)
-            if i == 0 and all(compiler.all_cached(timeout=0.3) for compiler in compilers):
+            if i == 0 and all(compiler.all_cached() for compiler in compilers):
                 break
     num_compiled = sum(compiler.num_compiled for compiler in compilers)
     if num_compiled:

@@ -7,7 +7,7 @@ declines the launch. Threads are enough: most of a compilation is LLVM and ``ptx
 from __future__ import annotations
 
 import json
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from contextlib import ExitStack
 from types import TracebackType
 from typing import Any, Self
@@ -16,6 +16,7 @@ import torch
 import triton
 from triton import knobs
 from triton.runtime import driver
+from triton.runtime.cache import triton_key
 
 
 class TritonCompiler:
@@ -33,6 +34,7 @@ class TritonCompiler:
 
     def __enter__(self) -> Self:
         self._target = driver.active.get_current_target()
+        triton_key()  # reads all of Triton and is remembered: else every thread would begin with it
         self._stack.enter_context(knobs.runtime.scope())
         self._stack.enter_context(knobs.compilation.scope())
         self._pool = self._stack.enter_context(ThreadPoolExecutor(self._num_workers))
@@ -48,9 +50,13 @@ class TritonCompiler:
             job.result()  # raises what compilation raised
         self._jobs.clear()
 
-    def all_cached(self, timeout: float) -> bool:
-        """Whether everything asked for so far lay in the cache already; after ``timeout`` seconds it is said not to."""
-        return not wait(self._jobs.values(), timeout).not_done and not self.num_compiled
+    def all_cached(self) -> bool:
+        """Whether everything asked for so far lay in the cache already; says no as soon as one kernel is compiled."""
+        for job in as_completed(self._jobs.values()):
+            job.result()
+            if self.num_compiled:
+                return False
+        return True
 
     def _note(self, *, key: str, fn: Any, compile: dict[str, Any], **_: object) -> bool:
         """Triton's ``jit_cache_hook``: True keeps it from compiling, and so from launching."""

@@ -19,10 +19,7 @@ BLOCK_SIZES = (8, 16, 32, 64, 128)  # they fill a tile, in whole swizzle pattern
 
 
 class HopperAttention(TritonAttention):
-    """Sections of a batch that are whole tiles of queries go to the kernel for Hopper, all else is as in ``triton``.
-
-    Its priority is below that of ``triton``: it serves where it is asked for by name.
-    """
+    """Sections of a batch that are whole tiles of queries go to the kernel for Hopper, all else is as in ``triton``."""
 
     name: ClassVar[str] = "triton-hopper"
 

@@ -16,12 +16,14 @@ import torch
 from octavo.config import EngineConfig, SpeculativeConfig
 from octavo.engine import Engine
 from octavo.errors import CheckpointError, ConfigError, PluginError
+from octavo.hooks import Provider
 from octavo.startup import (
     Resolved,
     build_engine,
     choose_device,
     choose_kv_dtype,
     compile_kernels,
+    make_compilers,
     make_text,
     reproduce,
     resolve,
@@ -278,7 +280,7 @@ class Watching:
         self.num_compiled = self.missing
         self.watches = False
 
-    def all_cached(self, timeout: float) -> bool:
+    def all_cached(self) -> bool:
         return not self.missing
 
 
@@ -296,6 +298,29 @@ def test_a_trial_run_has_kernels_compiled_and_ends_early_if_there_are_none(
     assert len(watched) == 1 if missing == 0 else len(watched) > 10
     assert ("compiled 3 kernels" in caplog.text) == (missing == 3)
     assert not compiler.watches
+
+
+class Counting:
+    """A compiler for any device that remembers how many threads it was given."""
+
+    def __init__(self, device: torch.device, num_workers: int) -> None:
+        self.num_workers = num_workers
+
+    @classmethod
+    def missing(cls, device: torch.device) -> list[str]:
+        return []
+
+
+@pytest.mark.parametrize(
+    ("wanted", "num_cores", "made"), [(None, 2, [2]), (None, 200, [16]), (200, 2, [200]), (0, 2, [])]
+)
+def test_kernels_are_compiled_in_a_thread_for_each_core_unless_told_otherwise(
+    wanted: int | None, num_cores: int, made: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("octavo.startup.num_cores", lambda: num_cores)
+    host = SimpleNamespace(kernel_compilers=lambda: {"counting": Provider("counting", Counting)})
+    compilers = make_compilers(host, torch.device("cpu"), wanted)
+    assert [compiler.num_workers for compiler in compilers] == made
 
 
 def test_workers_that_have_nothing_to_compile_are_refused(tiny_llama: Path) -> None:

@@ -66,7 +66,10 @@ ENGINE_OPTIONS: Mapping[str, Mapping[str, Option]] = {
         ),
         "overlap": Option("launch a step before the last one is settled", default="on for a GPU"),
         "enforce_eager": Option("no CUDA graphs: starts sooner, decodes slower"),
-        "compile_workers": Option("compile kernels side by side at start, in N threads; 0: one by one", metavar="N"),
+        "compile_workers": Option(
+            "threads that compile kernels side by side at start; 0: one by one, as they are launched",
+            default="one for each core, at most 16",
+        ),
         "batch_invariant": Option("the same tokens whatever else is in the batch; slower"),
         "num_threads": Option("CPU threads of the engine", ("--threads",), default="torch's own choice"),
         "tensor_parallel_size": Option("devices that share every layer; 1 in this version"),

@@ -42,12 +42,19 @@ def octavo_kernels() -> list[KernelProvider]:
         KernelProvider(f"triton-{operation.replace('_', '-')}", target, 50, REQUIRES, operation=operation)
         for operation, target in targets.items()
     ]
-    # below the others until whole models have run with them: chosen by --kernel
     kernels += [
-        KernelProvider(f"hopper-{operation.replace('_', '-')}", target, 40, REQUIRES_GLUON, operation=operation)
+        KernelProvider(f"hopper-{operation.replace('_', '-')}", target, 60, REQUIRES_GLUON, operation=operation)
         for operation, target in hopper.items()
     ]
     kernels += [
+        # below the one above until it has run with whole models: chosen by --kernel
+        KernelProvider(
+            "hopper-linear-packed-specialized",
+            "octavo_kernels.hopper_linear:SpecializedPacked",
+            40,
+            REQUIRES_GLUON,
+            operation="linear_packed",
+        ),
         KernelProvider(
             "triton-candidates", "octavo_kernels.candidate_sample:CandidateSample", 40, REQUIRES, operation="sample"
         ),

@@ -27,17 +27,23 @@ pytestmark = pytest.mark.gpu
 ALL = sorted(path.name for path in FIXTURES.iterdir() if (path / "config.json").exists())
 INTEGER = [name for name in ALL if name.startswith(("awq", "gptq")) or "w4a16" in name]
 QUANTIZED = ("linear_packed", "linear_fp8")
+FAMILIES = {
+    "triton": {"triton-linear-packed", "triton-linear-fp8"},
+    "hopper": {"hopper-linear-packed", "hopper-linear-fp8"},
+    "specialized": {"hopper-linear-packed-specialized"},
+}
+"""Names of kernels to be preferred to others."""
 
 
 class Conversation:
     """A model on the GPU and a cache, fed with the same tokens in several sequences at once.
 
-    ``family`` is what the names of the kernels to prefer begin with; ``operations`` are those that have kernels.
+    ``family`` is one of FAMILIES; ``operations`` are those that have kernels.
     """
 
     def __init__(self, name: str, dtype: torch.dtype, family: str, operations: Collection[str] = QUANTIZED) -> None:
         kernels = [
-            replace(kernel, priority=100 if kernel.name.startswith(family) else kernel.priority)
+            replace(kernel, priority=100 if kernel.name in FAMILIES[family] else kernel.priority)
             for kernel in octavo_kernels()
             if kernel.operation in operations
         ]
@@ -80,13 +86,15 @@ def compare(name: str, dtype: torch.dtype, ours: Tensor, logits: Tensor) -> None
     assert torch.equal(ours.argmax(-1)[clear], logits.argmax(-1)[clear])
 
 
-@pytest.mark.parametrize("family", ["triton", "hopper"])
+@pytest.mark.parametrize("family", list(FAMILIES))
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["float16", "bfloat16"])
 @pytest.mark.parametrize("name", ALL)
 @torch.inference_mode()
 def test_every_fixture_keeps_to_its_library_s_logits(name: str, dtype: torch.dtype, family: str) -> None:
     if dtype == torch.float16 and name not in INTEGER:
         pytest.skip("the library ran in bfloat16")
+    if family == "specialized" and name not in INTEGER:
+        pytest.skip("for integers")
     stored = load_file(FIXTURES / name / "reference.safetensors")
     conversation = Conversation(name, dtype, family)
     # compressed-tensors ran in bfloat16, which is coarser than float16, and again in float32
@@ -109,7 +117,7 @@ def test_every_fixture_keeps_to_its_library_s_logits(name: str, dtype: torch.dty
 def test_the_fast_kernels_serve_them(name: str) -> None:
     log = Conversation(name, torch.bfloat16, "hopper").loaded.operations.log
     chosen = set().union(*(names for operation, names in log.items() if operation in QUANTIZED))
-    assert chosen <= {"hopper-linear-packed", "hopper-linear-fp8"}
+    assert chosen <= FAMILIES["hopper"]
 
 
 @pytest.mark.parametrize("family", ["triton", "hopper"])

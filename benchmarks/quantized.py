@@ -25,13 +25,17 @@ import torch.nn.functional as F
 import triton
 from gpu import LLAMA_8B, TRACE, Anchor, Octavo, Table, decode, throughput
 from kernels import DTYPE, LINEARS, ROTATION_BYTES, VOCAB, Ceilings, Result, commit, relative_error, replay_time
+from torch import Tensor
 
 from octavo.bench import report
 from octavo.bench.datasets import trace_requests
 from octavo.operations import SampleNeed
 from octavo.sampling import SamplingTensors, TorchSample
+from octavo_kernels.activation import silu_and_mul
 from octavo_kernels.fp8_linear import TritonFp8
+from octavo_kernels.fp8_tokens import TokenRounding, round_tokens
 from octavo_kernels.hopper_linear import HopperFp8, HopperPacked
+from octavo_kernels.norm import rms_norm
 from octavo_kernels.packed_linear import TritonPacked
 from octavo_kernels.sample import TritonSample
 from octavo_quant.fp8_linear import ReferenceFp8
@@ -139,6 +143,39 @@ def bench_sample(ceilings: Ceilings, num_rows: int, filtered: bool) -> Result:
     return Result(label, str(num_rows), time, ceilings.floor(logits.nbytes), other, error)
 
 
+def bench_rounding(ceilings: Ceilings, num_tokens: int) -> list[Result]:
+    """Norm and activation that round to FP8; ``other`` rounds in a launch of its own, ``error`` says how many values
+    differ from that."""
+    form = TokenRounding(above=0, reordered=True)
+    hidden, gate_up = LINEARS["gate_up"]
+    copies = max(2, min(16, round(ROTATION_BYTES / (4 * num_tokens * hidden))))
+    weight = torch.rand(hidden, device=DEVICE, dtype=DTYPE)
+
+    def inputs(size: int, count: int) -> list[list[Tensor]]:
+        return [list(torch.randn(count, num_tokens, size, device=DEVICE, dtype=DTYPE)) for _ in range(copies)]
+
+    def norm(x: Tensor, residual: Tensor, form: TokenRounding | None = form) -> Tensor:
+        return rms_norm(x, weight, 1e-5, residual, form)
+
+    def activation(x: Tensor, form: TokenRounding | None = form) -> Tensor:
+        return silu_and_mul(x, form)
+
+    results = []
+    for label, kernel, tensors, num_bytes in (
+        ("add, norm, round", norm, inputs(hidden, 2), 7 * hidden),
+        ("silu, multiply, round", activation, inputs(gate_up, 1), 5 * gate_up // 2),
+    ):
+
+        def apart(*tensors: Tensor, kernel: Any = kernel) -> Tensor:
+            return round_tokens(kernel(*tensors, form=None), reordered=True)
+
+        one, other = (each(*[t.clone() for t in tensors[0]]).view(torch.uint8) for each in (kernel, apart))
+        times = [replay_time([partial(each, *ts) for ts in (tensors * 16)[:16]]) for each in (kernel, apart)]
+        floor = ceilings.floor(num_tokens * num_bytes)
+        results.append(Result(label, str(num_tokens), times[0], floor, times[1], float((one != other).float().mean())))
+    return results
+
+
 INT4_DECODE = {1: (1.07, 2.8, 2.0), 32: (2.1, 4.2, 3.2), 256: (9.5, 16.5, 14.5)}
 """Milliseconds per step by batch: what the bytes need, what must be reached and what is aimed at."""
 
@@ -197,7 +234,8 @@ def models(args: argparse.Namespace) -> None:
         with tempfile.TemporaryDirectory() as folder:
             config = LLAMA_8B if kind.settings is None else {**LLAMA_8B, "quantization_config": kind.settings}
             (Path(folder) / "config.json").write_text(json.dumps(config), encoding="utf-8")
-            octavo = Octavo(Path(folder), kernels=kernels, **kind.options)
+            options = {**kind.options, "kernels": kernels, "compile_workers": args.compile_workers}
+            octavo = Octavo(Path(folder), **options)
         print(name, octavo.engine.info.startup_seconds)
         table.add(f"{name}, weights", "GiB", kind.weights, octavo.engine.info.weight_bytes / 2**30)
         octavo.run([octavo.submit(prompt, 8) for prompt in octavo.prompts(8, 64, seed=0)])
@@ -209,6 +247,7 @@ def models(args: argparse.Namespace) -> None:
             requests = trace_requests(TRACE, None, vocab_size=octavo.vocab_size)
             table.add(f"{name}, trace", "tok/s", kind.trace, throughput(octavo, requests))
         del octavo
+        gc.unfreeze()  # Octavo froze what there was
         gc.collect()
         torch.cuda.empty_cache()
     if args.save is not None:
@@ -230,6 +269,7 @@ def products(args: argparse.Namespace) -> None:
         for label in FORMATS:
             results += bench(ceilings, name, plain, label)
     samples = [bench_sample(ceilings, rows, filtered) for filtered in (False, True) for rows in (1, 32, 256)]
+    roundings = [result for num in (128, 256, 2048, 8192) for result in bench_rounding(ceilings, num)]
     print(f"ceilings: {ceilings.bytes_per_us / 1e6:.2f} TB/s, {ceilings.flops_per_us / 1e6:.0f} TFLOP/s; microseconds")
     print(f"{'':26}" + "".join(f"{name:>24}" for name in LAYER) + f"{'error':>10}")
     by_key = {(result.kernel, result.size): result for result in results}
@@ -240,11 +280,11 @@ def products(args: argparse.Namespace) -> None:
             if row:
                 cells = "".join(f"{r.time:10.1f} ({r.floor:.1f}; {r.other or 0:.1f})".rjust(24) for r in row)
                 print(f"{label:20}{num_tokens:6}" + cells + f"{max(r.error or 0.0 for r in row):10.1e}")
-    for r in samples:
+    for r in samples + roundings:
         print(
             f"{r.kernel:20}{r.size:>6}{r.time:10.1f} ({r.floor:.1f}; {r.other or 0:.1f}){r.error or 0.0:10.1e} differ"
         )
-    results += samples
+    results += samples + roundings
     if args.output is not None:
         record = {
             "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
@@ -271,6 +311,7 @@ def main() -> None:
     part.add_argument("--batches", type=int, nargs="*", default=list(INT4_DECODE), help="rows of decode steps")
     part.add_argument("--profile", type=int, nargs="*", default=[], help="rows of decode steps to take apart")
     part.add_argument("--trace", action="store_true", help="and the throughput of the trace")
+    part.add_argument("--compile-workers", type=int, default=0, metavar="N", help="at start; 0: one after the other")
     part.add_argument("--save", type=Path, metavar="FILE", help="write every figure as JSON")
     part.set_defaults(run=models)
     args = parser.parse_args()

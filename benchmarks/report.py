@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -92,17 +93,72 @@ def kernels(result: Result) -> Iterator[str]:
 
 def gpu(result: Result) -> Iterator[str]:
     """benchmarks/gpu.py: the engine beside what vLLM 0.26 reached on the same kind of card, at the same work."""
-    card = result["hardware"]["gpus"][0].partition(",")[0]
-    yield f"**The engine, 8B Llama shape in bf16 with random weights, {card}**:"
+    yield f"**The engine, 8B Llama shape in bf16 with random weights, {card(result)}**:"
+    yield ""
+    yield from beside_vllm(result)
+
+
+def quantized_models(result: Result) -> Iterator[str]:
+    """benchmarks/quantized.py models: the same with 4-bit and FP8 weights."""
+    yield f"**Quantized weights, the same shape, {card(result)}**:"
+    yield ""
+    yield from beside_vllm(result)
+
+
+def card(result: Result) -> str:
+    return str(result["hardware"]["gpus"][0].partition(",")[0])
+
+
+def beside_vllm(result: Result) -> Iterator[str]:
+    rows = []
+    for row in result["result"]["rows"]:
+        digits = 0 if row["unit"] == "tok/s" else 1
+        # what vLLM was not asked for is not a number
+        cells = [
+            "" if number is None or math.isnan(number) else f"{number:,.{digits}f}"
+            for number in (row["octavo"], row["vllm"])
+        ]
+        rows.append([row["name"], *cells, row["unit"]])
+    yield from table(["", "Octavo", "vLLM 0.26", "unit"], rows)
+
+
+def speculation(result: Result) -> Iterator[str]:
+    """benchmarks/speculation.py: by how much a draft model speeds up decoding, by how often it is right."""
+    speedups = {(row["acceptance"], row["batch"]): row["speedup"] for row in result["result"]["rows"]}
+    acceptances = sorted({acceptance for acceptance, _ in speedups})
+    batches = sorted({batch for _, batch in speedups})
+    num_tokens = result["arguments"]["num_tokens"]
+    yield (
+        f"**Speculation, the same shape, {card(result)}**: decoding with a draft model of three layers and up to "
+        f"{num_tokens} drafts, as fast as without, by the share of drafts that are right:"
+    )
     yield ""
     yield from table(
-        ["", "Octavo", "vLLM 0.26", "unit"],
+        ["accepted", *(f"{batch} sequences" for batch in batches)],
         [
-            [row["name"], f"{row['octavo']:,.{digits}f}", f"{row['vllm']:,.{digits}f}", row["unit"]]
-            for row in result["result"]["rows"]
-            if row["vllm"] is not None
-            for digits in (0 if row["unit"] == "tok/s" else 1,)
+            [f"{acceptance:.1f}", *(f"{speedups[acceptance, batch]:.2f}×" for batch in batches)]
+            for acceptance in acceptances
         ],
+    )
+
+
+def server_rates(result: Result) -> Iterator[str]:
+    """benchmarks/server.py rates: latencies of the server by how many requests arrive."""
+    yield f"**The server, the same shape, {card(result)}**, vLLM 0.26 in brackets:"
+    yield ""
+    rows = []
+    for row in result["result"]["rates"]:
+        rate = float(row["rate"])
+        figures = [row[kind][point] for kind in ("ttft", "itl") for point in ("p50_ms", "p99_ms")]
+        cells = [
+            f"{ours:,.{digits}f} ({theirs:,.{digits}f})"
+            for ours, theirs, digits in zip(
+                [*figures, row["output_throughput"]], VLLM_RATES[rate], (1, 1, 1, 1, 0), strict=True
+            )
+        ]
+        rows.append(["all at once" if rate == math.inf else f"{rate:g}", *cells])
+    yield from table(
+        ["requests a second", "TTFT p50, ms", "p99", "between tokens p50, ms", "p99", "output tokens a second"], rows
     )
 
 
@@ -138,14 +194,23 @@ def prefix(result: Result) -> Iterator[str]:
 
 
 VLLM_TOGETHER_SECONDS = ("0.48", "0.41", "6.77")
+VLLM_RATES = {
+    10.0: (20.0, 51.9, 5.2, 11.5, 1763),
+    20.0: (22.6, 50.2, 5.5, 19.4, 3153),
+    40.0: (30.8, 65.5, 6.4, 22.5, 6421),
+    math.inf: (5348, 12860, 15.4, 45.1, 10314),
+}
 
 KINDS: Mapping[str, Callable[[Result], Iterator[str]]] = {
     "cpu": cpu,
     "cpu_llamacpp": cpu,
     "gpu": gpu,
     "kernels": kernels,
+    "models_quantized": quantized_models,
     "prefix": prefix,
     "server_path": server_path,
+    "server_rates": server_rates,
+    "speculation_table": speculation,
 }
 """The first word of a file's name says which benchmark it comes from."""
 

@@ -7,7 +7,7 @@ prefix cache, a scheduling policy, a drafter or a logits processor is here or in
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -204,6 +204,18 @@ class LinearMethod(Protocol):
     def num_bytes(self) -> int:
         """Device memory that the weights take."""
         ...
+
+
+@runtime_checkable
+class FormsInput(LinearMethod, Protocol):
+    """A linear method that begins by rounding or rearranging its input, which the norm or the activation before it
+    could do in its own launch.
+
+    The kernels of those find ``form`` in their need (:class:`octavo.operations.NormNeed`). One that knows it may return
+    a tensor of this form, and ``apply`` takes both that and a plain one: which it is may differ from step to step.
+    """
+
+    form: Hashable | None  # None: a plain tensor is best
 
 
 class Quantization(Protocol):

@@ -18,11 +18,15 @@ operation         need                     call
 ================  =======================  ================================================================
 
 Plugins may name further operations of their own (a quantization and the kernels that run it); the same choice applies.
+
+What a norm or an activation returns may go into one linear layer only, and that layer may be one that first rounds its
+input or brings it into another order (:class:`octavo.interfaces.FormsInput`). The need then has its ``form``: a kernel
+that knows this form may return its result in it, in the same launch; any other returns a plain tensor as ever.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Hashable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,20 +38,22 @@ from octavo.hooks import KernelProvider, Provider
 
 @dataclass(frozen=True, slots=True)
 class NormNeed:
-    """A norm over the last axis of ``size`` elements."""
+    """A norm over the last axis of ``size`` elements; ``form`` is what its only reader would rather have."""
 
     device: torch.device
     dtype: torch.dtype
     size: int
+    form: Hashable | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class ActivationNeed:
-    """A gated activation over ``size`` elements."""
+    """A gated activation over ``size`` elements; ``form`` is what its only reader would rather have."""
 
     device: torch.device
     dtype: torch.dtype
     size: int
+    form: Hashable | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,23 +1,34 @@
-"""Gated activation: ``silu(gate) * up`` of a fused [gate | up] projection."""
+"""Gated activation: ``silu(gate) * up`` of a fused [gate | up] projection, alone and fused with the rounding to FP8."""
 
 from __future__ import annotations
 
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from octavo_kernels.launch import describe, missing_device
+from octavo_kernels.fp8_tokens import TokenRounding, store_rounded
+from octavo_kernels.launch import describe, missing_device, power_of_two
 
 BLOCK = 1024
 
 
 @triton.jit
-def _silu_and_mul(out_ptr, gate_up_ptr, stride, SIZE: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr):
+def _silu_and_mul(
+    out_ptr,
+    scales_ptr,
+    gate_up_ptr,
+    stride,
+    SIZE: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ROUND: tl.constexpr,
+    REORDERED: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """Program (token, BLOCK outputs); one that rounds has all of a token's."""
     row = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = columns < SIZE
@@ -26,25 +37,34 @@ def _silu_and_mul(out_ptr, gate_up_ptr, stride, SIZE: tl.constexpr, BLOCK: tl.co
         gdc_wait()
     gate = tl.load(gate_up_ptr + row * stride + columns, mask=mask, other=0.0).to(tl.float32)
     up = tl.load(gate_up_ptr + row * stride + SIZE + columns, mask=mask, other=0.0)
-    silu = (gate / (1.0 + tl.exp(-gate))).to(out_ptr.dtype.element_ty)
-    tl.store(out_ptr + row * SIZE + columns, silu * up, mask=mask)
+    silu = (gate / (1.0 + tl.exp(-gate))).to(gate_up_ptr.dtype.element_ty)
+    if ROUND:
+        store_rounded(out_ptr + row * SIZE, scales_ptr + row, silu * up, columns, mask, REORDERED)
+    else:
+        tl.store(out_ptr + row * SIZE + columns, silu * up, mask=mask)
 
 
-def silu_and_mul(gate_up: Tensor) -> Tensor:
-    """gate_up [num_tokens, 2 * size] -> [num_tokens, size]; silu in float32, rounded before the product."""
+def silu_and_mul(gate_up: Tensor, form: TokenRounding | None = None) -> Tensor:
+    """gate_up [num_tokens, 2 * size] -> [num_tokens, size]; silu in float32, rounded before the product, and that
+    again before it is brought into ``form``."""
     num_tokens, size = gate_up.shape[0], gate_up.shape[1] // 2
-    out = torch.empty((num_tokens, size), dtype=gate_up.dtype, device=gate_up.device)
+    rounded = None if form is None else form.empty(num_tokens, size, gate_up.device)
+    out = gate_up.new_empty((num_tokens, size)) if rounded is None else rounded
     if num_tokens == 0:
         return out
     device = describe(gate_up.device)
-    _silu_and_mul[(num_tokens, triton.cdiv(size, BLOCK))](
+    block = BLOCK if rounded is None else power_of_two(size)
+    _silu_and_mul[(num_tokens, triton.cdiv(size, block))](
         out,
+        out if rounded is None else rounded.scales,
         gate_up,
         gate_up.stride(0),
         SIZE=size,
-        BLOCK=BLOCK,
+        BLOCK=block,
+        ROUND=rounded is not None,
+        REORDERED=form is not None and form.reordered,
         PDL=device.dependent_launch,
-        num_warps=4,
+        num_warps=min(max(block // 1024, 4), 16),
         **device.options,
     )
     return out
@@ -57,10 +77,10 @@ def silu_and_mul_reference(gate_up: Tensor) -> Tensor:
 
 
 class TritonSiluAndMul:
-    """The operation ``silu_and_mul``."""
+    """The operation ``silu_and_mul``, rounding to FP8 where the need's form says so."""
 
     def __init__(self, need: Any) -> None:
-        pass
+        self._form = need.form if isinstance(need.form, TokenRounding) else None
 
     @classmethod
     def missing(cls, need: Any) -> list[str]:
@@ -68,4 +88,4 @@ class TritonSiluAndMul:
 
     def __call__(self, gate_up: Tensor) -> Tensor:
         """gate_up [num_tokens, 2 * size] -> [num_tokens, size]."""
-        return silu_and_mul(gate_up)
+        return silu_and_mul(gate_up, self._form)

@@ -17,11 +17,9 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from octavo_kernels.fp8_tokens import RoundedTokens, TokenRounding, round_tokens
 from octavo_kernels.launch import describe, missing_device, power_of_two
 from octavo_kernels.linear import MAX_TOKENS, FewTokensTiling
-
-LARGEST = 448.0
-"""Of float8_e4m3fn."""
 
 WIDE = 16384
 """So many outputs fill the device with tensor-core tiles, which then are ahead of multiplying for one token too."""
@@ -149,57 +147,6 @@ def _few_tokens_fp8(
     tl.store(out, total.to(out_ptr.dtype.element_ty), mask=there & (n < num_rows)[:, None])
 
 
-@triton.jit
-def _quantize_tokens(
-    out_ptr,
-    scale_ptr,
-    x_ptr,
-    x_stride,
-    K: tl.constexpr,
-    BLOCK: tl.constexpr,
-    REORDERED: tl.constexpr,
-    PDL: tl.constexpr,
-):
-    """Program: one token, rounded to FP8 by its largest value."""
-    row = tl.program_id(0).to(tl.int64)
-    k = tl.arange(0, BLOCK)
-    source = k
-    if REORDERED:  # octavo_kernels.hopper_linear.fp8_order
-        source = k // 64 * 64 + k // 4 % 4 * 16 + (1 - k % 2) * 8 + k // 16 % 4 * 2 + k // 2 % 2
-    if PDL:
-        gdc_launch_dependents()
-        gdc_wait()
-    x = tl.load(x_ptr + row * x_stride + source, mask=k < K, other=0.0).to(tl.float32)
-    scale = tl.maximum(tl.max(tl.abs(x), axis=0) / 448.0, 1.1754944e-38)
-    tl.store(scale_ptr + row, scale)
-    tl.store(out_ptr + row * K + k, (x / scale).to(out_ptr.dtype.element_ty), mask=k < K)
-
-
-def quantize_tokens(x: Tensor, *, reordered: bool = False) -> tuple[Tensor, Tensor]:
-    """x [num_tokens, in_features] -> float8_e4m3fn of the same shape, scales float32 [num_tokens, 1].
-
-    ``reordered``: in the order that ``octavo_kernels.hopper_linear.fp8_order`` gives the weights.
-    """
-    num_tokens, in_features = x.shape
-    out = torch.empty((num_tokens, in_features), dtype=torch.float8_e4m3fn, device=x.device)
-    scales = torch.empty((num_tokens, 1), dtype=torch.float32, device=x.device)
-    device = describe(x.device)
-    if num_tokens:
-        _quantize_tokens[(num_tokens,)](
-            out,
-            scales,
-            x,
-            x.stride(0),
-            K=in_features,
-            BLOCK=power_of_two(in_features),
-            REORDERED=reordered,
-            PDL=device.dependent_launch,
-            num_warps=8,
-            **device.options,
-        )
-    return out, scales
-
-
 def few_tokens_fp8_tiling(in_features: int, out_features: int, column_block: int, block_m: int) -> FewTokensTiling:
     """Steps of half as many bytes as for 16-bit weights, and so one more in flight."""
     block_k = min(128, max(16, power_of_two(in_features)))
@@ -224,10 +171,12 @@ class TritonFp8:
         self._row_block, self._column_block = need.row_block, need.column_block
         self._by_output = need.column_block >= need.in_features
         # what cuBLAS multiplies by row takes activations rounded by token, or, as exactly, by a stored scale
-        self._scaled = need.activation in ("token", "tensor") and self._by_output and need.out_features % 16 == 0
-        self._scaled = self._scaled and need.device.type == "cuda" and need.dtype == torch.bfloat16
+        rounds = need.activation in ("token", "tensor") and self._by_output and need.out_features % 16 == 0
+        rounds = rounds and need.device.type == "cuda" and need.dtype == torch.bfloat16
+        self.form = TokenRounding(above=MAX_TOKENS) if rounds else None
+        self._dtype = need.dtype
         self._row_scales: Tensor | None = None
-        if self._scaled:
+        if rounds:
             rows = self._scales.repeat_interleave(self._row_block, dim=0)[: need.out_features]
             self._row_scales = rows.reshape(1, -1).contiguous()
         self._bias = bias
@@ -249,6 +198,8 @@ class TritonFp8:
 
     def apply(self, x: Tensor) -> Tensor:
         """x [num_tokens, in_features] -> [num_tokens, out_features]."""
+        if isinstance(x, RoundedTokens):
+            return self._apply_rounded(x)
         num_tokens = x.shape[0]
         if num_tokens == 1 and self._values.shape[0] < WIDE:
             return self._apply_one(x)
@@ -256,16 +207,7 @@ class TritonFp8:
             return self._apply_few(x)
         if self._row_scales is None or num_tokens == 0:
             return F.linear(x, self.dequantize(x.dtype), self._bias)
-        rounded, scales = quantize_tokens(x)
-        y: Tensor = torch._scaled_mm(
-            rounded,
-            self._values.t(),
-            scale_a=scales,
-            scale_b=self._row_scales,
-            out_dtype=x.dtype,
-            use_fast_accum=True,
-        )
-        return y if self._bias is None else y + self._bias
+        return self._apply_rounded(round_tokens(x))
 
     def dequantize(self, dtype: torch.dtype) -> Tensor:
         """The weights [out_features, in_features]."""
@@ -279,6 +221,18 @@ class TritonFp8:
     def num_bytes(self) -> int:
         tensors = (self._values, self._scales, self._row_scales, self._bias)
         return sum(tensor.nbytes for tensor in tensors if tensor is not None)
+
+    def _apply_rounded(self, x: RoundedTokens) -> Tensor:
+        assert self._row_scales is not None
+        y: Tensor = torch._scaled_mm(
+            x,
+            self._values.t(),
+            scale_a=x.scales,
+            scale_b=self._row_scales,
+            out_dtype=self._dtype,
+            use_fast_accum=True,
+        )
+        return y if self._bias is None else y + self._bias
 
     def _apply_one(self, x: Tensor) -> Tensor:
         out_features, in_features = self._values.shape

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from octavo_kernels.fp8_linear import quantize_tokens
+from octavo_kernels.fp8_tokens import RoundedTokens, TokenRounding, round_tokens
 from octavo_kernels.hopper_stream import STEP, TILE, StreamedWeight, StreamTiling, stream
 from octavo_kernels.launch import describe, missing_device
 
@@ -218,7 +218,7 @@ class HopperFp8:
     Streaming leaves the activations as they are, which is more exact than what the checkpoint allows.
     """
 
-    MAX_ROUNDED = 64
+    MAX_UNROUNDED = 64
     """Tokens; beyond, rounding them for cuBLAS gains, where it multiplies such weights."""
 
     MAX_STREAMED = 256
@@ -238,8 +238,10 @@ class HopperFp8:
             params = pack_fp8_scales(rows.repeat_interleave(need.column_block // STEP, dim=1), in_features, need.dtype)
             self._weight = StreamedWeight(values, params, STEP, None, out_features, in_features)
         # what cuBLAS multiplies by row takes activations rounded by token, or, as exactly, by a stored scale
-        self._rounds = by_output and need.activation in ("token", "tensor") and need.dtype == torch.bfloat16
-        self._rounds = self._rounds and out_features % 16 == 0
+        rounds = by_output and need.activation in ("token", "tensor") and need.dtype == torch.bfloat16
+        rounds = rounds and out_features % 16 == 0
+        self.form = TokenRounding(above=self.MAX_UNROUNDED, reordered=True) if rounds else None
+        self._dtype = need.dtype
         self._bias = bias
         self._num_processors = describe(device).num_processors
         self._arrivals = _arrivals(self._weight, self.MAX_STREAMED)
@@ -253,20 +255,24 @@ class HopperFp8:
 
     def apply(self, x: Tensor) -> Tensor:
         """x [num_tokens, in_features] -> [num_tokens, out_features]."""
+        if isinstance(x, RoundedTokens):
+            return self._apply_rounded(x)
         num_tokens = x.shape[0]
-        if 1 <= num_tokens <= (self.MAX_ROUNDED if self._rounds else self.MAX_STREAMED):
+        if 1 <= num_tokens <= (self.MAX_STREAMED if self.form is None else self.form.above):
             tile = fp8_tiling(self._weight.out_features, num_tokens, self._num_processors)
             return stream(x, self._weight, self._bias, self._arrivals, tile)
-        if not self._rounds or num_tokens == 0:
+        if self.form is None or num_tokens == 0:
             return F.linear(x, self.dequantize(x.dtype), self._bias)
-        rounded, scales = quantize_tokens(x, reordered=True)
+        return self._apply_rounded(round_tokens(x, reordered=True))
+
+    def _apply_rounded(self, x: RoundedTokens) -> Tensor:
         assert self._weight.scales is not None
         y: Tensor = torch._scaled_mm(
-            rounded,
+            x,
             self._weight.words.t(),
-            scale_a=scales,
+            scale_a=x.scales,
             scale_b=self._weight.scales.view(1, -1),
-            out_dtype=x.dtype,
+            out_dtype=self._dtype,
             use_fast_accum=True,
         )
         return y if self._bias is None else y + self._bias

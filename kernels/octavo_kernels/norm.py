@@ -1,4 +1,5 @@
-"""Root-mean-square normalization, alone and fused with the residual addition before it: one program per token."""
+"""Root-mean-square normalization, alone and fused with the residual addition before it and with the rounding to FP8
+after it: one program per token."""
 
 from __future__ import annotations
 
@@ -10,14 +11,14 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from octavo_kernels.fp8_tokens import MAX_SIZE, TokenRounding, store_rounded
 from octavo_kernels.launch import describe, missing_device, power_of_two
-
-MAX_SIZE = 32768
 
 
 @triton.jit
 def _rms_norm(
     out_ptr,
+    scales_ptr,
     x_ptr,
     residual_ptr,
     weight_ptr,
@@ -26,6 +27,8 @@ def _rms_norm(
     SIZE: tl.constexpr,
     BLOCK: tl.constexpr,
     ADD: tl.constexpr,
+    ROUND: tl.constexpr,
+    REORDERED: tl.constexpr,
     PDL: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
@@ -42,19 +45,26 @@ def _rms_norm(
         tl.store(residual_ptr + row * SIZE + columns, total, mask=mask)
         x = total.to(tl.float32)
     scale = tl.rsqrt(tl.sum(x * x, axis=0) / SIZE + eps)
-    normalized = (x * scale).to(out_ptr.dtype.element_ty)
-    tl.store(out_ptr + row * SIZE + columns, normalized * weight, mask=mask)
+    normalized = (x * scale).to(x_ptr.dtype.element_ty) * weight
+    if ROUND:
+        store_rounded(out_ptr + row * SIZE, scales_ptr + row, normalized, columns, mask, REORDERED)
+    else:
+        tl.store(out_ptr + row * SIZE + columns, normalized, mask=mask)
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None) -> Tensor:
+def rms_norm(
+    x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None, form: TokenRounding | None = None
+) -> Tensor:
     """Normalize the last axis of ``x`` [num_tokens, size]; the norm of ``x + residual`` when there is a residual,
     which then holds that sum (in place, [num_tokens, size], contiguous).
 
-    The sum of squares is in float32; the quotient is rounded to the dtype of ``x`` before it meets ``weight`` [size].
+    The sum of squares is in float32; the quotient is rounded to the dtype of ``x`` before it meets ``weight`` [size],
+    and the product again before it is brought into ``form``.
     """
     size = x.shape[-1]
     rows = x.view(-1, size)
-    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    rounded = None if form is None else form.empty(rows.shape[0], size, x.device)
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device) if rounded is None else rounded
     if rows.shape[0] == 0:
         return out
     if residual is not None and not residual.is_contiguous():
@@ -63,6 +73,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = No
     device = describe(x.device)
     _rms_norm[(rows.shape[0],)](
         out,
+        out if rounded is None else rounded.scales,
         rows,
         rows if residual is None else residual,
         weight,
@@ -71,6 +82,8 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = No
         SIZE=size,
         BLOCK=block,
         ADD=residual is not None,
+        ROUND=rounded is not None,
+        REORDERED=form is not None and form.reordered,
         PDL=device.dependent_launch,
         num_warps=min(max(block // 512, 1), 16),
         **device.options,
@@ -85,10 +98,10 @@ def rms_norm_reference(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 class TritonRMSNorm:
-    """The operation ``rms_norm``."""
+    """The operation ``rms_norm``, rounding to FP8 where the need's form says so."""
 
     def __init__(self, need: Any) -> None:
-        pass
+        self._form = need.form if isinstance(need.form, TokenRounding) else None
 
     @classmethod
     def missing(cls, need: Any) -> list[str]:
@@ -101,8 +114,8 @@ class TritonRMSNorm:
         """x [..., size] -> the same shape."""
         if x.dim() > 2 and not x.is_contiguous():
             x = x.contiguous()
-        return rms_norm(x, weight, eps)
+        return rms_norm(x, weight, eps, form=self._form)
 
     def add(self, x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
         """(norm of x + residual, x + residual); the sum is written into ``residual``."""
-        return rms_norm(x, weight, eps, residual), residual
+        return rms_norm(x, weight, eps, residual, self._form), residual

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import fields, replace
 from typing import Any
 
@@ -19,6 +19,7 @@ from torch import Tensor
 from octavo.attention.torch_backend import TorchAttention
 from octavo.interfaces import AttentionNeed
 from octavo.layers.attention import ForwardContext
+from octavo_kernels.fp8_tokens import RoundedTokens, TokenRounding
 from octavo_kernels.plugin import octavo_kernels
 
 pytestmark = pytest.mark.gpu
@@ -31,14 +32,14 @@ QUANTIZED = ("linear_packed", "linear_fp8")
 class Conversation:
     """A model on the GPU and a cache, fed with the same tokens in several sequences at once.
 
-    ``family`` is what the names of the kernels to prefer begin with.
+    ``family`` is what the names of the kernels to prefer begin with; ``operations`` are those that have kernels.
     """
 
-    def __init__(self, name: str, dtype: torch.dtype, family: str) -> None:
+    def __init__(self, name: str, dtype: torch.dtype, family: str, operations: Collection[str] = QUANTIZED) -> None:
         kernels = [
             replace(kernel, priority=100 if kernel.name.startswith(family) else kernel.priority)
             for kernel in octavo_kernels()
-            if kernel.operation in QUANTIZED
+            if kernel.operation in operations
         ]
         self.loaded = LoadedModel(FIXTURES / name, dtype, device="cuda", kernels=kernels)
         spec = self.loaded.build.attention_specs[0]
@@ -103,3 +104,27 @@ def test_the_fast_kernels_serve_them(name: str) -> None:
     log = Conversation(name, torch.bfloat16, "hopper").loaded.operations.log
     chosen = set().union(*(names for operation, names in log.items() if operation in QUANTIZED))
     assert chosen <= {"hopper-linear-packed", "hopper-linear-fp8"}
+
+
+@pytest.mark.parametrize("family", ["triton", "hopper"])
+@torch.inference_mode()
+def test_a_model_is_the_same_whether_its_norms_round_or_its_products(
+    family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name = "ct-fp8-dynamic"
+    tokens = load_file(FIXTURES / name / "reference.safetensors")["input_ids"].tolist()
+    rows = {i: tokens[i % 2] for i in range(6)}  # 144 tokens
+    operations = (*QUANTIZED, "rms_norm", "silu_and_mul")
+    rounded: list[RoundedTokens | None] = []
+    empty = TokenRounding.empty
+
+    def note(self: TokenRounding, num_tokens: int, size: int, device: torch.device) -> RoundedTokens | None:
+        rounded.append(empty(self, num_tokens, size, device))
+        return rounded[-1]
+
+    monkeypatch.setattr(TokenRounding, "empty", note)
+    fused = Conversation(name, torch.bfloat16, family, operations).logits(rows)
+    assert rounded
+    assert all(tokens is not None for tokens in rounded)
+    monkeypatch.setattr(TokenRounding, "empty", lambda *_: None)
+    assert torch.equal(fused, Conversation(name, torch.bfloat16, family, operations).logits(rows))

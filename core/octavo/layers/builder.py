@@ -113,17 +113,24 @@ class Builder:
 
     # --- norms, activations, attention ------------------------------------------------------------------------------
 
-    def rms_norm(self, name: str, size: int, eps: float) -> RMSNorm:
-        """A root-mean-square norm over ``size`` elements."""
+    def rms_norm(self, name: str, size: int, eps: float, *, into: Linear | None = None) -> RMSNorm:
+        """A root-mean-square norm over ``size`` elements.
+
+        ``into`` promises that what it returns goes into that layer and nowhere else, so it may be rounded for it.
+        """
         placement = self.load.placement
         weight = self.tensor(f"{name}.weight", (size,))
-        need = NormNeed(placement.device, placement.dtype, size)
+        need = NormNeed(placement.device, placement.dtype, size, None if into is None else into.form)
         return RMSNorm(weight, eps, self.load.kernel("rms_norm", need)(need))
 
-    def silu_and_mul(self, size: int) -> Any:
-        """A callable: fused [gate | up] of ``size`` each (before sharding) -> silu(gate) * up."""
+    def silu_and_mul(self, size: int, *, into: Linear | None = None) -> Any:
+        """A callable: fused [gate | up] of ``size`` each (before sharding) -> silu(gate) * up.
+
+        ``into`` promises that what it returns goes into that layer and nowhere else, so it may be rounded for it.
+        """
         placement = self.load.placement
-        need = ActivationNeed(placement.device, placement.dtype, self.shard.divide(size, "intermediate size"))
+        size = self.shard.divide(size, "intermediate size")
+        need = ActivationNeed(placement.device, placement.dtype, size, None if into is None else into.form)
         return self.load.kernel("silu_and_mul", need)(need)
 
     def rotary(self, config: Mapping[str, Any], head_dim: int, *, layer_type: str | None = None) -> RotaryEmbedding:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from octavo.interfaces import LayerLoader, LinearMethod, LinearPart, LinearSpec
+from octavo.interfaces import FormsInput, LayerLoader, LinearMethod, LinearPart, LinearSpec
 from octavo.operations import LinearNeed
 
 
@@ -20,6 +22,11 @@ class Linear:
     def __call__(self, x: Tensor) -> Tensor:
         """x [num_tokens, in_features] -> [num_tokens, out_features]."""
         return self.method.apply(x)
+
+    @property
+    def form(self) -> Hashable | None:
+        """The form in which the method would rather have its input; None: a plain tensor."""
+        return self.method.form if isinstance(self.method, FormsInput) else None
 
 
 class TorchLinear:

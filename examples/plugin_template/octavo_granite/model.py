@@ -60,10 +60,10 @@ class GraniteLayer:
         attention_bias, mlp_bias = config.get("attention_bias", False), config.get("mlp_bias", False)
         self.residual_multiplier = float(config["residual_multiplier"])
 
-        self.attention_norm = build.rms_norm(f"{name}.input_layernorm", hidden_size, eps)
         self.qkv = build.qkv_linear(
             f"{name}.self_attn.qkv_proj", hidden_size, num_heads, num_kv_heads, head_dim, bias=attention_bias
         )
+        self.attention_norm = build.rms_norm(f"{name}.input_layernorm", hidden_size, eps, into=self.qkv)
         self.attention = build.attention(
             f"{name}.self_attn",
             num_heads,
@@ -76,12 +76,12 @@ class GraniteLayer:
             f"{name}.self_attn.o_proj", num_heads * head_dim, hidden_size, bias=attention_bias, unit=head_dim
         )
 
-        self.mlp_norm = build.rms_norm(f"{name}.post_attention_layernorm", hidden_size, eps)
         self.gate_up = build.column_linear(
             f"{name}.mlp.gate_up_proj", hidden_size, {"gate_proj": size, "up_proj": size}, bias=mlp_bias
         )
-        self.activation = build.silu_and_mul(size)
+        self.mlp_norm = build.rms_norm(f"{name}.post_attention_layernorm", hidden_size, eps, into=self.gate_up)
         self.down = build.row_linear(f"{name}.mlp.down_proj", size, hidden_size, bias=mlp_bias)
+        self.activation = build.silu_and_mul(size, into=self.down)
 
     def __call__(self, x: Tensor, residual: Tensor | None, context: ForwardContext) -> tuple[Tensor, Tensor]:
         """x [num_tokens, hidden_size], and what is still to be added to it -> the next layer's."""

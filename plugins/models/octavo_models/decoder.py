@@ -136,8 +136,8 @@ class GatedMLP:
         self.gate_up = build.column_linear(
             f"{name}.gate_up_proj", spec.hidden_size, {"gate_proj": size, "up_proj": size}, bias=spec.mlp_bias
         )
-        self.activation = build.silu_and_mul(size)
         self.down = build.row_linear(f"{name}.down_proj", size, spec.hidden_size, bias=spec.mlp_bias)
+        self.activation = build.silu_and_mul(size, into=self.down)
 
     def __call__(self, x: Tensor) -> Tensor:
         """x [num_tokens, hidden_size] -> the same shape."""
@@ -178,10 +178,11 @@ class DecoderLayer:
     def __init__(
         self, name: str, spec: DecoderSpec, build: Builder, rotary: RotaryEmbedding | None, window: int | None
     ) -> None:
-        self.input_norm = build.rms_norm(f"{name}.input_layernorm", spec.hidden_size, spec.norm_eps)
+        size, eps = spec.hidden_size, spec.norm_eps
         self.attention = SelfAttention(f"{name}.self_attn", spec, build, rotary, window)
-        self.mlp_norm = build.rms_norm(f"{name}.post_attention_layernorm", spec.hidden_size, spec.norm_eps)
+        self.input_norm = build.rms_norm(f"{name}.input_layernorm", size, eps, into=self.attention.qkv)
         self.mlp = GatedMLP(f"{name}.mlp", spec, build)
+        self.mlp_norm = build.rms_norm(f"{name}.post_attention_layernorm", size, eps, into=self.mlp.gate_up)
 
     def __call__(self, x: Tensor, residual: Tensor | None, context: ForwardContext) -> tuple[Tensor, Tensor]:
         """x [num_tokens, hidden_size], and what is to be added to it -> the next layer's."""

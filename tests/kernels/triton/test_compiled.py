@@ -18,8 +18,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.experimental.gluon._runtime import GluonASTSource
 from octavo_kernels import (
-    activation, argmax, attention, candidate_sample, candidates, fp8_linear, hopper_attention, hopper_linear,
-    invariant_linear, linear, logprobs, norm, packed_linear, rotary, sample,
+    activation, argmax, attention, candidate_sample, candidates, fp8_linear, fp8_tokens, hopper_attention,
+    hopper_linear, invariant_linear, linear, logprobs, norm, packed_linear, rotary, sample,
 )
 
 FLOATS = {"eps", "scale", "soft_cap", "value_scale", "key_inverse_scale", "value_inverse_scale"}
@@ -79,6 +79,7 @@ SAMPLE |= {name: "*i64" for name in ("out_ptr", "greedy_ptr", "top_k_ptr", "chos
 shared = hopper_attention.gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
 few = linear.few_tokens_tiling(4096, 6144)
 fp8 = fp8_linear.few_tokens_fp8_tiling(4096, 6144, 4096, 16)
+ROUNDED = dict(out_ptr="*fp8e4nv", scales_ptr="*fp32")
 FP8 = dict(K=4096, ROW_BLOCK=1, COLUMN_BLOCK=4096, BIAS=False, PDL=True)
 one = linear.one_token_tiling(4096)
 print(json.dumps({
@@ -98,8 +99,16 @@ print(json.dumps({
     "few_tokens": compile(linear._few_tokens, few.num_warps, dict(
         K=4096, BLOCK_M=16, BLOCK_N=few.block_n, BLOCK_K=few.block_k, NUM_SPLITS=few.num_splits, BIAS=False,
         STAGES=few.num_stages, PDL=True)),
-    "rms_norm": compile(norm._rms_norm, 8, dict(SIZE=4096, BLOCK=4096, ADD=True, PDL=True)),
-    "silu_and_mul": compile(activation._silu_and_mul, 4, dict(SIZE=14336, BLOCK=1024, PDL=True)),
+    "rms_norm": compile(
+        norm._rms_norm, 8, dict(SIZE=4096, BLOCK=4096, ADD=True, ROUND=False, REORDERED=False, PDL=True)),
+    "rms_norm_rounded": compile(norm._rms_norm, 8, dict(
+        SIZE=4096, BLOCK=4096, ADD=True, ROUND=True, REORDERED=True, PDL=True), **ROUNDED),
+    "silu_and_mul": compile(
+        activation._silu_and_mul, 4, dict(SIZE=14336, BLOCK=1024, ROUND=False, REORDERED=False, PDL=True)),
+    "silu_and_mul_rounded": compile(activation._silu_and_mul, 16, dict(
+        SIZE=14336, BLOCK=16384, ROUND=True, REORDERED=True, PDL=True), **ROUNDED),
+    "silu_and_mul_rounded, widest": compile(activation._silu_and_mul, 16, dict(
+        SIZE=32768, BLOCK=32768, ROUND=True, REORDERED=True, PDL=True), **ROUNDED),
     "rotate_and_store": compile(rotary._rotate_and_store, 1, dict(
         NUM_HEADS=32, NUM_KV_HEADS=8, HEAD_DIM=128, ROTARY_DIM=128, NORM=True, BLOCK_SIZE=16, EIGHT_BIT=False,
         FP8_MAX=448.0, HEADS=4, BLOCK_D=128, PDL=True)),
@@ -114,8 +123,8 @@ print(json.dumps({
     "fp8_few": compile(fp8_linear._few_tokens_fp8, fp8.num_warps, dict(
         FP8, BLOCK_M=16, BLOCK_N=fp8.block_n, BLOCK_K=fp8.block_k, NUM_SPLITS=fp8.num_splits, STAGES=fp8.num_stages),
         weight_ptr="*fp8e4nv", scale_ptr="*fp32"),
-    "quantize_tokens": compile(fp8_linear._quantize_tokens, 8, dict(K=4096, BLOCK=4096, REORDERED=True, PDL=True),
-        out_ptr="*fp8e4nv", scale_ptr="*fp32"),
+    "round_tokens": compile(
+        fp8_tokens._round_tokens, 8, dict(SIZE=4096, BLOCK=4096, REORDERED=True, PDL=True), **ROUNDED),
     "invariant_many": compile(invariant_linear._many_tokens, 8, dict(
         K=14336, BLOCK_M=128, BLOCK_N=128, BLOCK_K=64, GROUP=8, NUM_SPLITS=2, SPLIT_K=7168, BIAS=False, STAGES=4,
         PDL=True)),

@@ -18,7 +18,6 @@ from torch import Tensor
 pytest.importorskip("triton.experimental.gluon.language.nvidia.hopper")
 
 from octavo_kernels import hopper_stream
-from octavo_kernels.fp8_linear import quantize_tokens
 from octavo_kernels.hopper_linear import HopperFp8, HopperPacked, fp8_order, fp8_tiling, int4_tiling, pack_fragments
 from octavo_kernels.hopper_stream import STEP, TILE, first_unit, program_of
 from octavo_quant.fp8_linear import ReferenceFp8
@@ -203,15 +202,6 @@ def _parts(weight: Any) -> list[Any]:
 
 def _to(part: Any, device: torch.device) -> Any:
     return part.to(device) if isinstance(part, Tensor) else part
-
-
-def test_tokens_are_rounded_in_the_order_of_the_weights(device: torch.device) -> None:
-    x = torch.randn(3, 192, device=device).half()
-    values, scales = quantize_tokens(x)
-    reordered, same = quantize_tokens(x, reordered=True)
-    expected = values.view(torch.uint8).view(3, 3, 64)[..., fp8_order(device)].flatten(1)
-    assert torch.equal(reordered.view(torch.uint8), expected)
-    assert torch.equal(scales, same)
 
 
 def test_words_of_a_step_lie_together() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from octavo.operations import NormNeed
 from octavo_kernels.norm import TritonRMSNorm, rms_norm, rms_norm_reference
 
 
@@ -31,7 +32,7 @@ def test_adds_the_residual_first_and_returns_the_sum(device: torch.device) -> No
     x, residual = torch.randn(2, 5, 96, device=device).half()
     weight = torch.rand(96, device=device).half()
     total = x + residual
-    normalized, new_residual = TritonRMSNorm(None).add(x, residual, weight, 1e-5)
+    normalized, new_residual = TritonRMSNorm(NormNeed(device, x.dtype, 96)).add(x, residual, weight, 1e-5)
     torch.testing.assert_close(new_residual, total, atol=0, rtol=0)
     torch.testing.assert_close(normalized.float(), rms_norm_reference(total, weight, 1e-5), atol=4e-3, rtol=4e-3)
 

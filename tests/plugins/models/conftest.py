@@ -43,15 +43,15 @@ TINY = {
 }
 
 
-def operations() -> Operations:
-    """The plain torch implementation of everything that models use."""
+def operations(plugins: Mapping[str, KernelProvider] | None = None) -> Operations:
+    """The plain torch implementation of everything that models use, and kernels of ``plugins``."""
     return Operations(
         [
             KernelProvider("torch", TorchLinear, operation="linear"),
             KernelProvider("torch", TorchRMSNorm, operation="rms_norm"),
             KernelProvider("torch", TorchSiluAndMul, operation="silu_and_mul"),
         ],
-        {},
+        plugins or {},
     )
 
 

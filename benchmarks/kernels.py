@@ -1,24 +1,29 @@
 """The kernels of whole decode steps of Llama-3.1-8B, one CUDA graph for each, against the floor.
 
-    python benchmarks/kernels.py [--save benchmarks/results/kernels-NAME.json]
+    python benchmarks/kernels.py [--output benchmarks/results/kernels-NAME.json] [--commit HASH]
 
-``octavo bench kernels`` measures them one by one. What other benchmarks on a GPU share is here as well: the sizes of that
-model and batches with a paged cache.
+``octavo bench kernels`` measures them one by one. What other benchmarks on a GPU share is here as well: the sizes of
+that model, batches with a paged cache, and the form of their files.
 """
 
 from __future__ import annotations
 
 import argparse
+import datetime
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
+import triton
 from torch import Tensor
 
 from octavo.bench import report
 from octavo.bench.timing import Ceilings, microseconds
+from octavo_kernels import launch
 from octavo_kernels.activation import silu_and_mul
 from octavo_kernels.argmax import argmax
 from octavo_kernels.attention import Heads, Section, paged_attention, paged_attention_reference, plan_sections
@@ -142,9 +147,31 @@ def bench_step(ceilings: Ceilings, step: DecodeStep, num_rows: int, context: int
     return Result("decode step", f"{num_rows} x {context}", time, floor, None, None)
 
 
+def add_output(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--output", type=Path)
+    parser.add_argument("--commit", default=None, help="what to record where git is not at hand")
+
+
+def save(args: argparse.Namespace, ceilings: Ceilings, results: Sequence[Any]) -> None:
+    """Write the results, which are dataclasses, to ``--output``, if that was given."""
+    if args.output is None:
+        return
+    record = {
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "commit": args.commit or report.commit(Path(__file__).parent) or "unknown",
+        "hardware": torch.cuda.get_device_name(),
+        "versions": {"torch": torch.__version__, "cuda": torch.version.cuda, "triton": triton.__version__},
+        "dependent_launch": launch.describe(torch.device("cuda", 0)).dependent_launch,
+        "ceilings": asdict(ceilings),
+        "unit": "microseconds",
+        "results": [asdict(result) for result in results],
+    }
+    args.output.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--save", type=Path, metavar="FILE", help="write every figure as JSON")
+    add_output(parser)
     args = parser.parse_args()
     torch.manual_seed(0)
     ceilings = Ceilings.measure(DEVICE, DTYPE)
@@ -156,9 +183,7 @@ def main() -> None:
         result = bench_step(ceilings, step, num_rows, context)
         results.append(result)
         print(f"{result.size:18}{result.time:10.1f}{result.floor:10.1f}{result.floor / result.time:10.0%}", flush=True)
-    if args.save is not None:
-        figures = {"ceilings": asdict(ceilings), "unit": "microseconds", "results": [asdict(one) for one in results]}
-        report.save(args.save, "benchmarks/kernels.py", {}, figures)
+    save(args, ceilings, results)
 
 
 if __name__ == "__main__":

@@ -51,9 +51,7 @@ def octavo_kernels() -> list[KernelProvider]:
         KernelProvider(
             "triton-candidates", "octavo_kernels.candidate_sample:CandidateSample", 60, REQUIRES, operation="sample"
         ),
-        KernelProvider(
-            "triton-logprobs", "octavo_kernels.logprobs:TritonLogprobs", 50, REQUIRES, operation="logprobs"
-        ),
+        KernelProvider("triton-logprobs", "octavo_kernels.logprobs:TritonLogprobs", 50, REQUIRES, operation="logprobs"),
         # what --batch-invariant needs: the one above refuses it
         KernelProvider(
             "triton-invariant-linear",

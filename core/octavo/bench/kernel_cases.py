@@ -131,7 +131,7 @@ OPERATIONS = ("rms_norm", "linear", "silu_and_mul", ATTENTION, "sample", "logpro
 
 
 def cases(setting: Setting, operation: str) -> Iterator[Case]:
-    """Those of one of :data:`OPERATIONS`."""
+    """Those of one of :data:`OPERATIONS`; a plugin's operations come by the hook ``octavo_kernel_benchmarks``."""
     rows = [num_tokens for num_tokens in setting.num_tokens if num_tokens <= MAX_ROWS]
     match operation:
         case "rms_norm":

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +17,7 @@ from octavo.errors import ConfigError
 if TYPE_CHECKING:
     import torch
 
-    from octavo.bench.kernel_cases import Case
+    from octavo.bench.kernel_cases import Case, Setting
     from octavo.hooks import Provider
     from octavo.plugins import PluginHost
 
@@ -66,25 +67,28 @@ def run(args: argparse.Namespace) -> int:
     """
     import torch
 
-    from octavo.bench.kernel_cases import OPERATIONS, Setting, cases
+    from octavo.bench import kernel_cases
     from octavo.bench.timing import Ceilings
     from octavo.loader import choose_dtype
     from octavo.startup import choose_device, resolve, set_num_threads
 
     config = replace(engine_config(args), load_format="dummy")  # of the model, only the sizes are needed
-    operations = args.operations or OPERATIONS
-    unknown = sorted(set(operations) - set(OPERATIONS))
-    if unknown:
-        raise ConfigError(f"--operations {unknown[0]}: there is no such benchmark; there are: {', '.join(OPERATIONS)}")
     device = choose_device(config.device)
     num_tokens = args.num_tokens or NUM_TOKENS[device.type]
     for name, value in (("num-tokens", min(num_tokens)), ("context-len", args.context_len)):
         if value < 1:
             raise ConfigError(f"--{name} must be at least 1, not {value}")
     resolved = resolve(config)
+    benchmarks: dict[str, Callable[[Setting], Iterable[Case]]] = {
+        operation: partial(kernel_cases.cases, operation=operation) for operation in kernel_cases.OPERATIONS
+    }
+    benchmarks |= {name: provider.resolve() for name, provider in resolved.host.kernel_benchmarks().items()}
+    unknown = [name for name in args.operations or () if name not in benchmarks]
+    if unknown:
+        raise ConfigError(f"--operations {unknown[0]}: there is no such benchmark; there are: {', '.join(benchmarks)}")
     set_num_threads(config, device)
     dtype = choose_dtype(resolved.model_config, config.dtype, device)
-    setting = Setting.from_config(resolved.model_config, device, dtype, num_tokens, args.context_len)
+    setting = kernel_cases.Setting.from_config(resolved.model_config, device, dtype, num_tokens, args.context_len)
     torch.manual_seed(0)
     ceilings = Ceilings.measure(device, dtype)
     print(f"{config.model} on {device} in {str(dtype).removeprefix('torch.')}")
@@ -93,9 +97,9 @@ def run(args: argparse.Namespace) -> int:
     bench = KernelBench(resolved.host, device)
     results: list[Result] = []
     with torch.inference_mode():
-        for operation in operations:
-            bench.compile(cases(setting, operation))
-            for case in cases(setting, operation):
+        for operation in args.operations or benchmarks:
+            bench.compile(benchmarks[operation](setting))
+            for case in benchmarks[operation](setting):
                 for result in bench.measure(case, ceilings.floor(case.num_bytes, case.num_operations)):
                     results.append(result)
                     print(row(result), flush=True)
@@ -165,7 +169,7 @@ class KernelBench:
     def _implementations(self, case: Case) -> list[tuple[str, Any]]:
         """Names and classes, highest priority first; the others are noted."""
         found = []
-        for provider in sorted(self._providers[case.operation], key=lambda provider: -provider.priority):
+        for provider in sorted(self._providers.get(case.operation, ()), key=lambda provider: -provider.priority):
             lacking = provider.lacking()
             if not lacking:
                 implementation = provider.resolve()

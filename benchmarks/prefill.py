@@ -9,18 +9,15 @@ timed as ``benchmarks/kernels.py`` times.
 from __future__ import annotations
 
 import argparse
-import datetime
-import json
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 
 import torch
-import triton
-from kernels import HEADS, SCALE, Batch, Ceilings, commit, relative_error, replay_time
+from kernels import DEVICE, DTYPE, HEADS, SCALE, Batch, add_output, replay_time, save
 from torch import Tensor
 
+from octavo.bench.timing import Ceilings, relative_error
 from octavo_kernels.hopper_attention import prefill_attention
 
 SIZES = (  # rows, tokens of each, context of each
@@ -73,11 +70,10 @@ def bench(ceilings: Ceilings, num_rows: int, query_len: int, context: int) -> Re
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path)
-    parser.add_argument("--commit", default=None, help="what to record where git is not at hand")
+    add_output(parser)
     arguments = parser.parse_args()
     torch.manual_seed(0)
-    ceilings = Ceilings.measure()
+    ceilings = Ceilings.measure(DEVICE, DTYPE)
     print(f"ceilings: {ceilings.bytes_per_us / 1e6:.2f} TB/s, {ceilings.flops_per_us / 1e6:.0f} TFLOP/s")
     print(f"{'size':20}{'triton, µs':>12}{'hopper, µs':>12}{'floor':>10}{'difference':>12}")
     results = []
@@ -88,17 +84,7 @@ def main() -> None:
             f"{result.size:20}{result.triton:12.1f}{result.hopper:12.1f}{result.floor:10.1f}{result.difference:12.1e}",
             flush=True,
         )
-    if arguments.output is not None:
-        record = {
-            "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-            "commit": arguments.commit or commit(),
-            "hardware": torch.cuda.get_device_name(),
-            "versions": {"torch": torch.__version__, "cuda": torch.version.cuda, "triton": triton.__version__},
-            "ceilings": asdict(ceilings),
-            "unit": "microseconds",
-            "results": [asdict(result) for result in results],
-        }
-        arguments.output.write_text(json.dumps(record, indent=1) + "\n")
+    save(arguments, ceilings, results)
 
 
 if __name__ == "__main__":

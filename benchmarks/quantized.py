@@ -9,12 +9,11 @@ Products are measured as in ``benchmarks/kernels.py``, models (with random weigh
 from __future__ import annotations
 
 import argparse
-import datetime
 import gc
 import json
 import logging
 import tempfile
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,13 +21,13 @@ from typing import Any
 import gpu
 import torch
 import torch.nn.functional as F
-import triton
 from gpu import LLAMA_8B, TRACE, Anchor, Octavo, Table, decode, throughput
-from kernels import DTYPE, LINEARS, ROTATION_BYTES, VOCAB, Ceilings, Result, commit, relative_error, replay_time
+from kernels import DEVICE, DTYPE, LINEARS, ROTATION_BYTES, VOCAB, Result, add_output, replay_time, save
 from torch import Tensor
 
 from octavo.bench import report
 from octavo.bench.datasets import trace_requests
+from octavo.bench.timing import Ceilings, relative_error
 from octavo.operations import SampleNeed
 from octavo.sampling import SamplingTensors, TorchSample
 from octavo_kernels.activation import silu_and_mul
@@ -44,7 +43,6 @@ from octavo_quant.packed import PackedNeed, PackedWeight
 from octavo_quant.packed_linear import ReferencePacked
 
 NUM_TOKENS = (1, 2, 8, 16, 32, 64, 128, 256, 512, 2048)
-DEVICE = torch.device("cuda")
 LAYER = [name for name in LINEARS if name != "lm_head"]
 
 
@@ -262,7 +260,7 @@ def models(args: argparse.Namespace) -> None:
 def products(args: argparse.Namespace) -> None:
     """Products and sampling alone."""
     torch.manual_seed(0)
-    ceilings = Ceilings.measure()
+    ceilings = Ceilings.measure(DEVICE, DTYPE)
     results: list[Result] = []
     for name in LAYER:
         plain = bench_plain(name)
@@ -285,25 +283,14 @@ def products(args: argparse.Namespace) -> None:
             f"{r.kernel:20}{r.size:>6}{r.time:10.1f} ({r.floor:.1f}; {r.other or 0:.1f}){r.error or 0.0:10.1e} differ"
         )
     results += samples + roundings
-    if args.output is not None:
-        record = {
-            "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-            "commit": args.commit or commit(),
-            "hardware": torch.cuda.get_device_name(),
-            "versions": {"torch": torch.__version__, "cuda": torch.version.cuda, "triton": triton.__version__},
-            "ceilings": asdict(ceilings),
-            "unit": "microseconds",
-            "results": [asdict(result) for result in results],
-        }
-        args.output.write_text(json.dumps(record, indent=1) + "\n")
+    save(args, ceilings, results)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parts = parser.add_subparsers(required=True)
     part = parts.add_parser("products", help=products.__doc__)
-    part.add_argument("--output", type=Path)
-    part.add_argument("--commit", default=None, help="what to record where git is not at hand")
+    add_output(part)
     part.set_defaults(run=products)
     part = parts.add_parser("models", help=models.__doc__)
     part.add_argument("--formats", nargs="+", choices=list(MODELS), default=list(MODELS))

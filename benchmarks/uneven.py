@@ -13,9 +13,10 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from kernels import BLOCK_SIZE, DTYPE, HEADS, ROTATION_BYTES, SCALE, Ceilings, relative_error, replay_time
+from kernels import BLOCK_SIZE, DEVICE, DTYPE, HEADS, ROTATION_BYTES, SCALE, replay_time
 from torch import Tensor
 
+from octavo.bench.timing import Ceilings, relative_error
 from octavo_kernels.attention import paged_attention, paged_attention_reference, plan_sections
 
 TRACE = Path(__file__).parent / "traces" / "sharegpt_like.json"
@@ -71,7 +72,7 @@ def compare(ceilings: Ceilings, name: str, lengths: list[int]) -> str:
 
 def main() -> None:
     """Print the table, in microseconds."""
-    ceilings = Ceilings.measure()
+    ceilings = Ceilings.measure(DEVICE, DTYPE)
     print(f"{'contexts':<28}{'rows':>5}{'floor':>9}{'triton':>9}{'error':>10}{'balanced':>9}{'error':>10}")
     cases = {f"trace, {rows} rows": trace_contexts(rows) for rows in (19, 64, 128, 256, 512)}
     cases |= {f"equal, {rows} rows": [1100] * rows for rows in (1, 8, 32, 64, 256)}

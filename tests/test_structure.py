@@ -20,6 +20,8 @@ PLUGINS = [package for package in PACKAGES if package.name != "octavo"]
 PUBLIC = {
     "octavo",
     "octavo.batch",
+    "octavo.bench.kernel_cases",
+    "octavo.bench.timing",
     "octavo.blocks",
     "octavo.config",
     "octavo.errors",

@@ -182,6 +182,13 @@ class Hooks:
         start, in the engine's process."""
         raise NotImplementedError
 
+    @hookspec
+    def octavo_kernel_benchmarks(self) -> Sequence[Provider]:
+        """What ``octavo bench kernels`` runs of operations that the plugin itself has named: the name is the
+        operation's, the target a function that takes an :class:`octavo.bench.kernel_cases.Setting` and yields
+        :class:`octavo.bench.kernel_cases.Case`. Called when that command starts, in its process."""
+        raise NotImplementedError
+
     # --- scheduling and sampling -------------------------------------------------------------------------------------
 
     @hookspec

@@ -281,7 +281,7 @@ class KernelCompiler(Protocol):
 
     Within it, a launch of a kernel that is not compiled yet is noted and not carried out: what it would have computed
     is undefined, so only the shapes of a trial run mean something. Leaving it waits until all that was noted is
-    compiled, and raises what went wrong.
+    compiled, and raises what went wrong. It is made before the weights are loaded, and may prepare itself meanwhile.
     """
 
     num_compiled: int  # so far; what lay in a cache is not counted

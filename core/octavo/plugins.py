@@ -245,6 +245,10 @@ class PluginHost:
         """``"operation/name"`` to implementation."""
         return self._providers("octavo_kernels", KernelProvider, lambda kernel: f"{kernel.operation}/{kernel.name}")
 
+    def kernel_benchmarks(self) -> Mapping[str, Provider]:
+        """Operation to what makes its cases."""
+        return self._providers("octavo_kernel_benchmarks", Provider, _name)
+
     def items(self, hook: str) -> list[tuple[str, Any]]:
         """``(plugin name, item)`` of a hook that returns sequences (options, routes, metrics)."""
         return [(name, item) for name, result in self._call(hook, Sequence) for item in result]

@@ -326,8 +326,8 @@ class Tiling:
 
 
 def tiling(rows_per_tile: int, head_dim: int) -> Tiling:
-    """For tiles of up to ``rows_per_tile`` (queries times heads of a group); measured on an H200, see the results of
-    ``benchmarks/kernels.py``."""
+    """For tiles of up to ``rows_per_tile`` (queries times heads of a group); measured on an H200, see
+    ``octavo bench kernels``."""
     block_m = max(16, min(power_of_two(rows_per_tile), 128))
     if head_dim > 128:
         return Tiling(min(block_m, 64), 32 if block_m <= 32 else 64, 4, 2)

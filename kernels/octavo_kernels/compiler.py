@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from contextlib import ExitStack
+from threading import Thread
 from types import TracebackType
 from typing import Any, Self
 
@@ -27,6 +28,9 @@ class TritonCompiler:
         self._jobs: dict[tuple[object, str], Future[object]] = {}
         self._stack = ExitStack()
         self.num_compiled = 0
+        # Triton's hash of itself, a part of each kernel's key in the cache: read while the weights are loaded
+        self._hash = Thread(target=triton_key)
+        self._hash.start()
 
     @classmethod
     def missing(cls, device: torch.device) -> list[str]:
@@ -34,7 +38,7 @@ class TritonCompiler:
 
     def __enter__(self) -> Self:
         self._target = driver.active.get_current_target()
-        triton_key()  # reads all of Triton and is remembered: else every thread would begin with it
+        self._hash.join()  # it is remembered; else every thread of the pool would begin with it
         self._stack.enter_context(knobs.runtime.scope())
         self._stack.enter_context(knobs.compilation.scope())
         self._pool = self._stack.enter_context(ThreadPoolExecutor(self._num_workers))

@@ -56,11 +56,9 @@ def octavo_kernels() -> list[KernelProvider]:
             operation="linear_packed",
         ),
         KernelProvider(
-            "triton-candidates", "octavo_kernels.candidate_sample:CandidateSample", 40, REQUIRES, operation="sample"
+            "triton-candidates", "octavo_kernels.candidate_sample:CandidateSample", 60, REQUIRES, operation="sample"
         ),
-        KernelProvider(
-            "triton-logprobs", "octavo_kernels.logprobs:TritonLogprobs", -110, REQUIRES, operation="logprobs"
-        ),
+        KernelProvider("triton-logprobs", "octavo_kernels.logprobs:TritonLogprobs", 50, REQUIRES, operation="logprobs"),
         # what --batch-invariant needs: the one above refuses it
         KernelProvider(
             "triton-invariant-linear",

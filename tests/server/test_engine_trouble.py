@@ -56,7 +56,7 @@ def test_an_engine_that_dies_ends_streams_with_an_error(
         died = time.monotonic()
         engine.die("out of luck")
         text += "".join(pieces)
-    assert time.monotonic() - died < 1.0
+    assert time.monotonic() - died < 10.0  # the answer itself would take 30 s
     last = events(text)[-1]
     assert last["error"]["message"] == "out of luck"
     assert (last["error"]["type"], last["error"]["code"]) == ("service_unavailable_error", "engine_dead")

@@ -39,6 +39,7 @@ COMMANDS: Mapping[str, Command] = {
     "bench serve": Command("octavo.bench.serve", "latency and throughput of a running server"),
     "bench throughput": Command("octavo.bench.throughput", "tokens a second, offline", engine="always"),
     "bench latency": Command("octavo.bench.latency", "time of one batch, offline", engine="always"),
+    "bench kernels": Command("octavo.bench.kernels", "each kernel against its reference and the device's limits"),
     "plugins": Command("octavo.cli.plugins", "list, inspect, check and start plugins"),
 }
 

@@ -8,7 +8,7 @@ import dataclasses
 import json
 import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -108,6 +108,20 @@ def engine_parser(plugin_groups: Sequence[tuple[str, OptionGroup]] = ()) -> argp
         PluginError: a plugin's options collide with others or have destinations outside its own name.
     """
     parser = argparse.ArgumentParser(add_help=False)
+    add_engine_arguments(parser, [field for options in ENGINE_OPTIONS.values() for field in options])
+    group = parser.add_argument_group("speculation")
+    for field, option in SPECULATIVE_OPTIONS.items():
+        _add(group, SpeculativeConfig, field, option, prefix=_SPECULATIVE)
+    destinations: list[str] = []
+    for plugin, plugin_group in plugin_groups:
+        parser, added = _with_plugin_group(parser, plugin, plugin_group)
+        destinations += added
+    parser.set_defaults(plugin_destinations=tuple(destinations))
+    return parser
+
+
+def add_engine_arguments(parser: argparse.ArgumentParser, fields: Collection[str]) -> None:
+    """MODEL, and these of the fields in :data:`ENGINE_OPTIONS`: for a command that needs a part of a configuration."""
     parser.add_argument(
         "model",
         nargs="?",
@@ -118,16 +132,8 @@ def engine_parser(plugin_groups: Sequence[tuple[str, OptionGroup]] = ()) -> argp
     for title, options in ENGINE_OPTIONS.items():
         group = parser.add_argument_group(title)
         for field, option in options.items():
-            _add(group, EngineConfig, field, option)
-    group = parser.add_argument_group("speculation")
-    for field, option in SPECULATIVE_OPTIONS.items():
-        _add(group, SpeculativeConfig, field, option, prefix=_SPECULATIVE)
-    destinations: list[str] = []
-    for plugin, plugin_group in plugin_groups:
-        parser, added = _with_plugin_group(parser, plugin, plugin_group)
-        destinations += added
-    parser.set_defaults(plugin_destinations=tuple(destinations))
-    return parser
+            if field in fields:
+                _add(group, EngineConfig, field, option)
 
 
 def engine_config(args: argparse.Namespace) -> EngineConfig:

@@ -22,6 +22,7 @@ PROVIDER_HOOKS = (
     "octavo_attention_backends",
     "octavo_kernels",
     "octavo_kernel_compilers",
+    "octavo_kernel_benchmarks",
     "octavo_prefix_caches",
     "octavo_scheduling_policies",
     "octavo_drafters",

@@ -17,7 +17,7 @@ from octavo.hooks import KernelProvider, Provider
 from octavo.interfaces import LayerLoader, LinearMethod, LinearPart, LinearSpec, WeightSource
 from octavo_quant.packed import PackedWeight, unpack_bits
 from octavo_quant.parts import PartTensors, checked_group_size, load_parts, multiple, one_of, require_settings
-from octavo_quant.providers import PACKED_KERNELS
+from octavo_quant.providers import PACKED_BENCHMARK, PACKED_KERNELS
 
 plugin = PluginInfo(api=(1, 1), summary="AWQ checkpoints")
 
@@ -36,6 +36,11 @@ def octavo_quantizations() -> list[Provider]:
 @hookimpl
 def octavo_kernels() -> list[KernelProvider]:
     return PACKED_KERNELS
+
+
+@hookimpl
+def octavo_kernel_benchmarks() -> list[Provider]:
+    return [PACKED_BENCHMARK]
 
 
 def unpack_interleaved(words: Tensor) -> Tensor:

@@ -23,7 +23,7 @@ from octavo.interfaces import LayerLoader, LinearMethod, LinearPart, LinearSpec,
 from octavo_quant.fp8_weight import FP8, Activation, Fp8Weight, read_fp8
 from octavo_quant.packed import PackedWeight, unpack_bits, word_slice
 from octavo_quant.parts import PartTensors, checked_group_size, checked_groups, load_parts, one_of
-from octavo_quant.providers import FP8_KERNELS, PACKED_KERNELS
+from octavo_quant.providers import FP8_BENCHMARK, FP8_KERNELS, PACKED_BENCHMARK, PACKED_KERNELS
 
 plugin = PluginInfo(api=(1, 1), summary="compressed-tensors checkpoints")
 
@@ -48,6 +48,11 @@ def octavo_quantizations() -> list[Provider]:
 @hookimpl
 def octavo_kernels() -> list[KernelProvider]:
     return [*PACKED_KERNELS, *FP8_KERNELS]
+
+
+@hookimpl
+def octavo_kernel_benchmarks() -> list[Provider]:
+    return [PACKED_BENCHMARK, FP8_BENCHMARK]
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,7 +17,7 @@ from octavo.hooks import KernelProvider, Provider
 from octavo.interfaces import LayerLoader, LinearMethod, LinearPart, LinearSpec, WeightSource
 from octavo_quant.fp8_weight import FP8, Fp8Weight, read_fp8
 from octavo_quant.parts import PartTensors, load_parts, one_of
-from octavo_quant.providers import FP8_KERNELS
+from octavo_quant.providers import FP8_BENCHMARK, FP8_KERNELS
 
 plugin = PluginInfo(api=(1, 1), summary="FP8 checkpoints and online quantization")
 
@@ -33,6 +33,11 @@ def octavo_quantizations() -> list[Provider]:
 @hookimpl
 def octavo_kernels() -> list[KernelProvider]:
     return FP8_KERNELS
+
+
+@hookimpl
+def octavo_kernel_benchmarks() -> list[Provider]:
+    return [FP8_BENCHMARK]
 
 
 class FP8Quantization:

@@ -30,7 +30,7 @@ from octavo_quant.parts import (
     one_of,
     require_settings,
 )
-from octavo_quant.providers import PACKED_KERNELS
+from octavo_quant.providers import PACKED_BENCHMARK, PACKED_KERNELS
 
 logger = logging.getLogger(__name__)
 
@@ -47,6 +47,11 @@ def octavo_quantizations() -> list[Provider]:
 @hookimpl
 def octavo_kernels() -> list[KernelProvider]:
     return PACKED_KERNELS
+
+
+@hookimpl
+def octavo_kernel_benchmarks() -> list[Provider]:
+    return [PACKED_BENCHMARK]
 
 
 @dataclass(frozen=True, slots=True)

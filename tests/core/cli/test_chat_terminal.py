@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import select
+import shutil
 import sys
 import time
 from collections.abc import Iterator
@@ -12,6 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from transformers import AutoTokenizer
 
 pty = pytest.importorskip("pty", reason="there are no pseudo-terminals here")
 pytestmark = pytest.mark.slow  # a process for each test
@@ -76,6 +78,17 @@ class Terminal:
         return True
 
 
+@pytest.fixture
+def endless_llama(tiny_llama: Path, tmp_path: Path) -> Path:
+    """A model without any token that ends an answer: one sampled by chance would end it before a key is typed."""
+    path = tmp_path / "endless-llama"
+    shutil.copytree(tiny_llama, path)
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    tokenizer.eos_token = None
+    tokenizer.save_pretrained(path)
+    return path
+
+
 @contextmanager
 def chat(model: Path, max_tokens: int) -> Iterator[Terminal]:
     """A conversation with a model that would go on for minutes if it were let."""
@@ -94,8 +107,8 @@ def chat(model: Path, max_tokens: int) -> Iterator[Terminal]:
         user.close()
 
 
-def test_interrupting_answers_again_and_again_and_leaving_at_once(tiny_llama: Path) -> None:
-    with chat(tiny_llama, 60000) as user:
+def test_interrupting_answers_again_and_again_and_leaving_at_once(endless_llama: Path) -> None:
+    with chat(endless_llama, 60000) as user:
         for _ in range(4):
             user.ask()
             user.type(CTRL_C)
@@ -106,8 +119,8 @@ def test_interrupting_answers_again_and_again_and_leaving_at_once(tiny_llama: Pa
         assert user.status() == 0
 
 
-def test_ctrl_d_during_an_answer_leaves_after_it(tiny_llama: Path) -> None:
-    with chat(tiny_llama, 200) as user:
+def test_ctrl_d_during_an_answer_leaves_after_it(endless_llama: Path) -> None:
+    with chat(endless_llama, 200) as user:
         user.ask()
         user.type(CTRL_D)
         assert user.status() == 0

@@ -15,7 +15,6 @@ import triton.language as tl
 from torch import Tensor
 
 from octavo_kernels.fp8_tokens import RoundedTokens, TokenRounding, round_tokens
-from octavo_kernels.hopper_packed import PackedTiling, multiply_packed
 from octavo_kernels.hopper_stream import STEP, TILE, StreamedWeight, StreamTiling, stream
 from octavo_kernels.launch import describe, missing_device
 
@@ -137,13 +136,6 @@ def int4_tiling(out_features: int, num_tokens: int, num_processors: int) -> Stre
     return StreamTiling(64, num_stages=4, num_warps=8, resident=2, num_programs=num_programs)
 
 
-def packed_tiling(out_features: int, num_tokens: int, num_processors: int) -> PackedTiling:
-    """Where a few programs can share each tile evenly, which leaves little idle, no program has parts of two."""
-    num_tiles = triton.cdiv(out_features, 256) * triton.cdiv(num_tokens, 128)
-    even = num_processors // num_tiles * num_tiles
-    return PackedTiling(128, num_stages=4, num_programs=even if even > 0.95 * num_processors else num_processors)
-
-
 def fp8_tiling(out_features: int, num_tokens: int, num_processors: int) -> StreamTiling:
     """The same; steps are of twice as many bytes, and fewer are on their way."""
     if num_tokens <= 16:
@@ -193,10 +185,8 @@ class HopperPacked:
 
     def apply(self, x: Tensor) -> Tensor:
         """x [num_tokens, in_features] -> [num_tokens, out_features]."""
-        return self._multiply(x if self._permutation is None else x[:, self._permutation])
-
-    def _multiply(self, x: Tensor) -> Tensor:
-        """``apply`` for inputs in the order of the weights."""
+        if self._permutation is not None:
+            x = x[:, self._permutation]
         if 1 <= x.shape[0] <= self.MAX_STREAMED:
             tile = int4_tiling(self._weight.out_features, x.shape[0], self._num_processors)
             return stream(x, self._weight, self._bias, self._arrivals, tile)
@@ -222,35 +212,17 @@ class HopperPacked:
         return self._weight.num_bytes() + sum(t.nbytes for t in (self._permutation, self._bias) if t is not None)
 
 
-class SpecializedPacked(HopperPacked):
-    """The same, with :mod:`octavo_kernels.hopper_packed` for more than 64 tokens."""
-
-    MIN_SPECIALIZED = 65
-
-    MAX_SPECIALIZED = 1024
-    """Tokens; beyond, cuBLAS gains what it costs to write the weights out."""
-
-    def __init__(self, need: Any, weight: Any, bias: Tensor | None) -> None:
-        super().__init__(need, weight, bias)
-        self._arrivals = _arrivals(self._weight, self.MAX_SPECIALIZED)
-
-    def _multiply(self, x: Tensor) -> Tensor:
-        if not self.MIN_SPECIALIZED <= x.shape[0] <= self.MAX_SPECIALIZED:
-            return super()._multiply(x)
-        tile = packed_tiling(self._weight.out_features, x.shape[0], self._num_processors)
-        return multiply_packed(x, self._weight, self._bias, self._arrivals, tile)
-
-
 class HopperFp8:
     """The operation ``linear_fp8``; ``weight`` has the attributes of octavo_quant.fp8_weight.Fp8Weight.
 
     Streaming leaves the activations as they are, which is more exact than what the checkpoint allows.
     """
 
-    MAX_UNROUNDED = 64
+    MAX_UNROUNDED = 16
     """Tokens; beyond, rounding them for cuBLAS gains, where it multiplies such weights."""
 
     MAX_STREAMED = 256
+    """Tokens, where it does not; beyond, writing the weights out gains."""
 
     def __init__(self, need: Any, weight: Any, bias: Tensor | None) -> None:
         out_features, in_features = weight.values.shape

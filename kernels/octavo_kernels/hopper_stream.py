@@ -65,14 +65,14 @@ def _fragment_layout(NUM_WARPS):
 
 
 @gluon.constexpr_function
-def output_layout(ROWS, BLOCK_M, NUM_WARPS):
-    """Sums [ROWS, BLOCK_M] as ``wgmma`` leaves them, where rows g and g + 8 of a fragment have become 2 g and 2 g + 1:
+def _output_layout(BLOCK_M, NUM_WARPS):
+    """Sums [128, BLOCK_M] as ``wgmma`` leaves them, where rows g and g + 8 of a fragment have become 2 g and 2 g + 1:
     pairs of rows first, so that they are stored at once."""
     columns = [[0, b] for b in (1, 8, 16, 32, 64, 128) if b < BLOCK_M]
     apart = [[16 * w, 0] for w in (1, 2, 4) if w < NUM_WARPS]
-    together = [[b, 0] for b in (64, 128) if 16 * NUM_WARPS <= b < ROWS]
+    together = [[64, 0]] if NUM_WARPS == 4 else []
     lanes = [[0, 2], [0, 4], [2, 0], [4, 0], [8, 0]]
-    return gl.DistributedLinearLayout([[1, 0], *columns, *together], lanes, apart, [], [ROWS, BLOCK_M])
+    return gl.DistributedLinearLayout([[1, 0], *columns, *together], lanes, apart, [], [128, BLOCK_M])
 
 
 @gluon.constexpr_function
@@ -141,12 +141,6 @@ def _int4_pairs(words, params, HALF: gl.constexpr, HALF_PARAMS: gl.constexpr, dt
     FIRST: gl.constexpr = HALF * (HALF_PARAMS - 1) * 4
     upper = _parameter(params.slice(FIRST, 2, 0), layout)
     lower = _parameter(params.slice(FIRST + 2, 2, 0), layout)
-    return widen_int4(word, upper, lower, dtype)
-
-
-@gluon.jit
-def widen_int4(word, upper, lower, dtype: gl.constexpr):
-    """Words, and the parameters of the upper and of the lower rows of 8 -> pairs of weights."""
     scale, zero = _low_twice(upper), _high_twice(upper)
     upper_low = _int4_pair(word, zero, scale, 0, dtype)
     upper_high = _int4_pair(word, zero, scale, 8, dtype)
@@ -197,13 +191,12 @@ def _halves(pair, dtype: gl.constexpr):
 
 
 @gluon.jit
-def operand(upper_low, upper_high, lower_low, lower_high, dtype: gl.constexpr, layout: gl.constexpr):
-    """The left operand [outputs, 64]; no value moves, the registers only get the layout's name."""
+def _operand(upper_low, upper_high, lower_low, lower_high, dtype: gl.constexpr, layout: gl.constexpr):
+    """The left operand [128, 64]; no value moves, the registers only get the layout's name."""
     upper = gl.join(_halves(upper_low, dtype), _halves(upper_high, dtype))
     lower = gl.join(_halves(lower_low, dtype), _halves(lower_high, dtype))
     # [block of 64 outputs, warp, row of 8, pair, 16 inputs, of the pair, half of the inputs, half of the rows]
-    ordered = gl.join(upper, lower).permute([0, 1, 7, 2, 4, 6, 3, 5])
-    ordered = ordered.reshape([64 * upper_low.shape[0], 64])
+    ordered = gl.join(upper, lower).permute([0, 1, 7, 2, 4, 6, 3, 5]).reshape([128, 64])
     return gl.convert_layout(ordered, layout, assert_trivial=True)
 
 
@@ -279,7 +272,7 @@ def place_of(program, first_program):
 
 
 @gluon.jit
-def following(tile, step, STEPS: gl.constexpr):
+def _following(tile, step, STEPS: gl.constexpr):
     last = step == STEPS - 1
     return gl.where(last, tile + 1, tile), gl.where(last, 0, step + 1)
 
@@ -313,7 +306,7 @@ def _stream(
     STEPS: gl.constexpr = K // 128
     HALF_PARAMS: gl.constexpr = 2 if GROUP == 64 else 1
     mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [gl.num_warps(), 1], [16, BLOCK_M, 16])
-    left: gl.constexpr = gl.DotOperandLayout(0, mma, 2)
+    operand: gl.constexpr = gl.DotOperandLayout(0, mma, 2)
     if FP8:  # neighbouring pairs of rows lie in different banks
         words = gl.allocate_shared_memory(gl.int32, [STAGES, 128, 32], gl.SwizzledSharedLayout(16, 2, 2, [1, 0]))
     else:
@@ -344,7 +337,7 @@ def _stream(
                 HALF_PARAMS,
                 FP8,
             )
-        ahead_tile, ahead_step = following(ahead_tile, ahead_step, STEPS)
+        ahead_tile, ahead_step = _following(ahead_tile, ahead_step, STEPS)
     if PDL:  # weights are never written by a predecessor: they need not wait
         gdc_launch_dependents()
         gdc_wait()
@@ -353,7 +346,7 @@ def _stream(
         if begin + stage < end:
             _copy_inputs(inputs.index(stage), x_ptr, ahead_tile, ahead_step, num_tokens, TOKEN_TILES, K, BLOCK_M)
         async_copy.commit_group()
-        ahead_tile, ahead_step = following(ahead_tile, ahead_step, STEPS)
+        ahead_tile, ahead_step = _following(ahead_tile, ahead_step, STEPS)
     async_copy.wait_group(STAGES - 2)
     gl.thread_barrier()
     w00, w01, w10, w11 = _pairs(words.index(0), params.index(0), exponent, 0, FP8, GROUP, dtype)
@@ -363,7 +356,7 @@ def _stream(
     for unit in range(begin, end):
         fence_async_shared()
         x = inputs.index(slot).permute([1, 0])
-        weight = operand(w00, w01, w10, w11, dtype, left)
+        weight = _operand(w00, w01, w10, w11, dtype, operand)
         running = warpgroup_mma(weight, x.slice(0, 64, 0), acc, is_async=True)
         v00, v01, v10, v11 = _pairs(words.index(slot), params.index(slot), exponent, 1, FP8, GROUP, dtype)
         acc, weight = warpgroup_mma_wait(0, deps=[running, weight])
@@ -387,11 +380,11 @@ def _stream(
             _copy_inputs(inputs.index(free), x_ptr, ahead_tile, ahead_step, num_tokens, TOKEN_TILES, K, BLOCK_M)
         async_copy.commit_group()
         gl.thread_barrier()  # one that the compiler wants, where nothing waits for it
-        weight = operand(v00, v01, v10, v11, dtype, left)
+        weight = _operand(v00, v01, v10, v11, dtype, operand)
         running = warpgroup_mma(weight, x.slice(64, 64, 0), acc, is_async=True)
         free = slot
         slot = gl.where(slot == STAGES - 1, 0, slot + 1)
-        ahead_tile, ahead_step = following(ahead_tile, ahead_step, STEPS)
+        ahead_tile, ahead_step = _following(ahead_tile, ahead_step, STEPS)
         w00, w01, w10, w11 = _pairs(words.index(slot), params.index(slot), exponent, 0, FP8, GROUP, dtype)
         acc, weight = warpgroup_mma_wait(0, deps=[running, weight])
         if (step == STEPS - 1) | (unit + 1 == end):
@@ -415,7 +408,7 @@ def _stream(
                 BIAS,
             )
             acc = gl.zeros([128, BLOCK_M], gl.float32, mma)
-        tile, step = following(tile, step, STEPS)
+        tile, step = _following(tile, step, STEPS)
     async_copy.wait_group(0)
 
 
@@ -466,7 +459,7 @@ def _finish(
             gl.store(arrivals_ptr + tile, 0)  # ready for the next call
     if complete:
         result = acc.reshape([8, 2, 8, BLOCK_M]).permute([0, 2, 1, 3]).reshape([128, BLOCK_M])
-        linear: gl.constexpr = output_layout(128, BLOCK_M, gl.num_warps())
+        linear: gl.constexpr = _output_layout(BLOCK_M, gl.num_warps())
         result = gl.convert_layout(result, linear)
         n = tile // TOKEN_TILES * 128 + gl.arange(0, 128, gl.SliceLayout(1, linear))
         m = zero + tile % TOKEN_TILES * BLOCK_M + gl.arange(0, BLOCK_M, gl.SliceLayout(0, linear))

@@ -47,14 +47,6 @@ def octavo_kernels() -> list[KernelProvider]:
         for operation, target in hopper.items()
     ]
     kernels += [
-        # below the one above until it has run with whole models: chosen by --kernel
-        KernelProvider(
-            "hopper-linear-packed-specialized",
-            "octavo_kernels.hopper_linear:SpecializedPacked",
-            40,
-            REQUIRES_GLUON,
-            operation="linear_packed",
-        ),
         KernelProvider(
             "triton-candidates", "octavo_kernels.candidate_sample:CandidateSample", 60, REQUIRES, operation="sample"
         ),

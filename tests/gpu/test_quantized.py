@@ -30,7 +30,6 @@ QUANTIZED = ("linear_packed", "linear_fp8")
 FAMILIES = {
     "triton": {"triton-linear-packed", "triton-linear-fp8"},
     "hopper": {"hopper-linear-packed", "hopper-linear-fp8"},
-    "specialized": {"hopper-linear-packed-specialized"},
 }
 """Names of kernels to be preferred to others."""
 
@@ -93,8 +92,6 @@ def compare(name: str, dtype: torch.dtype, ours: Tensor, logits: Tensor) -> None
 def test_every_fixture_keeps_to_its_library_s_logits(name: str, dtype: torch.dtype, family: str) -> None:
     if dtype == torch.float16 and name not in INTEGER:
         pytest.skip("the library ran in bfloat16")
-    if family == "specialized" and name not in INTEGER:
-        pytest.skip("for integers")
     stored = load_file(FIXTURES / name / "reference.safetensors")
     conversation = Conversation(name, dtype, family)
     # compressed-tensors ran in bfloat16, which is coarser than float16, and again in float32

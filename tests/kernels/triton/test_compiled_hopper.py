@@ -16,39 +16,23 @@ import json, re, subprocess, tempfile
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.experimental.gluon._runtime import GluonASTSource
-from triton.experimental.gluon import language as gl
-from octavo_kernels import hopper_packed
-from octavo_kernels.hopper_linear import fp8_tiling, int4_tiling, packed_tiling
+from octavo_kernels.hopper_linear import fp8_tiling, int4_tiling
 from octavo_kernels.hopper_stream import _stream
 
 FLOATS, INTEGERS = ("partial_ptr", "scale_ptr"), ("arrivals_ptr", "words_ptr", "params_ptr")
 
-def streamed(num_tokens, fp8, group, dtype):
+def report(num_tokens, fp8, group, dtype):
     tile = (fp8_tiling if fp8 else int4_tiling)(4096, num_tokens, 132)
     constants = dict(
         K=4096, GROUP=group, TOKEN_TILES=-(-num_tokens // tile.block_m), BLOCK_M=tile.block_m,
         STAGES=tile.num_stages, FP8=fp8, BIAS=True, PDL=True)
-    return report(_stream, constants, {}, dtype, tile.num_warps, tile.max_registers, tile.resident)
-
-def specialized(group, dtype):
-    tile = packed_tiling(4096, 256, 132)
-    constants = dict(
-        K=4096, GROUP=group, BLOCK_M=tile.block_m, STAGES=tile.num_stages, BIAS=True,
-        LOADING_REGISTERS=hopper_packed.LOADING_REGISTERS, PDL=True)
-    descriptors = dict(
-        x_descriptor=f"tensordesc<{dtype}[{tile.block_m}, 64],{gl.NVMMASharedLayout(128, 16, 2)!r}>",
-        words_descriptor=f"tensordesc<i32[32, 32],{gl.NVMMASharedLayout(128, 32, 2)!r}>")
-    return report(
-        hopper_packed._multiply_packed, constants, descriptors, dtype, 8, hopper_packed.MAX_REGISTERS, 1)
-
-def report(kernel, constants, descriptors, dtype, num_warps, max_registers, resident):
-    names = kernel.arg_names
-    kinds = {name: "constexpr" if name in constants else "i32" for name in names} | descriptors
+    names = _stream.arg_names
+    kinds = {name: "constexpr" if name in constants else "i32" for name in names}
     pointers = [name for name in names if name.endswith("_ptr")]
     kinds |= {name: "*fp32" if name in FLOATS else "*i32" if name in INTEGERS else "*" + dtype for name in pointers}
     aligned = {(names.index(name),): [["tt.divisibility", 16]] for name in [*pointers, "num_rows"]}
-    options = {"num_warps": num_warps, "launch_pdl": True, "maxnreg": max_registers}
-    source = GluonASTSource(kernel, kinds, constants, aligned)
+    options = {"num_warps": tile.num_warps, "launch_pdl": True, "maxnreg": tile.max_registers}
+    source = GluonASTSource(_stream, kinds, constants, aligned)
     compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
     ptx = compiled.asm["ptx"]
     with tempfile.TemporaryDirectory() as folder:
@@ -59,26 +43,23 @@ def report(kernel, constants, descriptors, dtype, num_warps, max_registers, resi
         assembled = subprocess.run(command, capture_output=True, text=True, check=True).stderr
         command = [triton.knobs.nvidia.nvdisasm.path, folder + "/cubin"]
         machine = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    between = machine.split("HGMMA", 1)[1].rsplit("HGMMA", 1)[0]
     products = re.findall(r"wgmma\.mma_async\S* \{[^}]*\}, (.)", ptx)
     return {
         "serialized": "serialized" in assembled,
         "spilled": sum(int(n) for n in re.findall(r"(\d+) bytes spill", assembled)),
         "registers": int(re.search(r"Used (\d+) registers", assembled).group(1)),
-        "most": max_registers,
-        "shared": compiled.metadata.shared * resident,
+        "most": tile.max_registers,
+        "shared": compiled.metadata.shared * tile.resident,
         "products": len(products), "from_registers": products.count("{"),
-        "conversions": len(re.findall(r"\bI2F", between)),
+        "conversions": len(re.findall(r"\bI2F", machine.split("HGMMA", 1)[1].rsplit("HGMMA", 1)[0])),
     }
 
 print(json.dumps({
-    "1 token": streamed(1, False, 128, "bf16"),
-    "32 tokens in half precision": streamed(32, False, 64, "fp16"),
-    "256 tokens": streamed(256, False, 128, "bf16"),
-    "256 tokens, specialized warps": specialized(128, "bf16"),
-    "256 tokens, specialized warps in half precision": specialized(64, "fp16"),
-    "1 token, FP8": streamed(1, True, 0, "bf16"),
-    "32 tokens, FP8 in blocks": streamed(32, True, 128, "fp16"),
+    "1 token": report(1, False, 128, "bf16"),
+    "32 tokens in half precision": report(32, False, 64, "fp16"),
+    "256 tokens": report(256, False, 128, "bf16"),
+    "1 token, FP8": report(1, True, 0, "bf16"),
+    "32 tokens, FP8 in blocks": report(32, True, 128, "fp16"),
 }))
 """
 

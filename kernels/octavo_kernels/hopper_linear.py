@@ -218,10 +218,11 @@ class HopperFp8:
     Streaming leaves the activations as they are, which is more exact than what the checkpoint allows.
     """
 
-    MAX_UNROUNDED = 64
+    MAX_UNROUNDED = 16
     """Tokens; beyond, rounding them for cuBLAS gains, where it multiplies such weights."""
 
     MAX_STREAMED = 256
+    """Tokens, where it does not; beyond, writing the weights out gains."""
 
     def __init__(self, need: Any, weight: Any, bias: Tensor | None) -> None:
         out_features, in_features = weight.values.shape

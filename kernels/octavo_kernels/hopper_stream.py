@@ -65,6 +65,17 @@ def _fragment_layout(NUM_WARPS):
 
 
 @gluon.constexpr_function
+def _output_layout(BLOCK_M, NUM_WARPS):
+    """Sums [128, BLOCK_M] as ``wgmma`` leaves them, where rows g and g + 8 of a fragment have become 2 g and 2 g + 1:
+    pairs of rows first, so that they are stored at once."""
+    columns = [[0, b] for b in (1, 8, 16, 32, 64, 128) if b < BLOCK_M]
+    apart = [[16 * w, 0] for w in (1, 2, 4) if w < NUM_WARPS]
+    together = [[64, 0]] if NUM_WARPS == 4 else []
+    lanes = [[0, 2], [0, 4], [2, 0], [4, 0], [8, 0]]
+    return gl.DistributedLinearLayout([[1, 0], *columns, *together], lanes, apart, [], [128, BLOCK_M])
+
+
+@gluon.constexpr_function
 def _int4_assembly(shift, dtype):
     kind, exponents = ("bf16x2", "0x43004300") if dtype == gl.bfloat16 else ("f16x2", "0x64006400")
     return (
@@ -254,6 +265,13 @@ def program_of(unit, num_programs, num_units):
 
 
 @gluon.jit
+def place_of(program, first_program):
+    """Where a program's part of a tile lies: the program shares at most the tile that it ends with, of which it is the
+    first program, and the one that it begins with."""
+    return 2 * program + (program == first_program)
+
+
+@gluon.jit
 def _following(tile, step, STEPS: gl.constexpr):
     last = step == STEPS - 1
     return gl.where(last, tile + 1, tile), gl.where(last, 0, step + 1)
@@ -416,6 +434,7 @@ def _finish(
 ):
     """Store a tile, or this program's part of it; the last to arrive adds the parts up."""
     layout: gl.constexpr = acc.type.layout
+    PART: gl.constexpr = 128 * BLOCK_M
     # a zero that the compiler does not know: addresses are made here, not kept in registers throughout the loop
     zero = gl.inline_asm_elementwise("mov.b32 $0, 0; // $1", "=r,r", [tile], dtype=gl.int32, is_pure=True, pack=1)
     first = program_of(tile * STEPS, num_programs, total)
@@ -426,24 +445,22 @@ def _finish(
         row = zero + gl.arange(0, 128, gl.SliceLayout(1, layout))
         column = gl.arange(0, BLOCK_M, gl.SliceLayout(0, layout))
         within = row[:, None] * BLOCK_M + column[None, :]
-        # program + tile numbers the parts: both only ever grow from one part to the next
-        gl.store(partial_ptr + (program + tile) * (128 * BLOCK_M) + within, acc)
+        gl.store(partial_ptr + place_of(program, first) * PART + within, acc)
         gl.thread_barrier()
         complete = gl.atomic_add(arrivals_ptr + tile, 1, sem="acq_rel") == last - first
         gl.thread_barrier()
         if complete:
             acc = gl.zeros([128, BLOCK_M], gl.float32, layout)
-            start = partial_ptr + (first + tile) * (128 * BLOCK_M) + within
-            for part in range(0, last - first + 1, AT_ONCE):
+            for part in range(first, last + 1, AT_ONCE):
                 for i in gl.static_range(AT_ONCE):
-                    there = gl.full([128, BLOCK_M], part + i <= last - first, gl.int1, layout)
-                    pointers = start + (part + i) * (128 * BLOCK_M)
+                    there = gl.full([128, BLOCK_M], part + i <= last, gl.int1, layout)
+                    pointers = partial_ptr + place_of(part + i, first) * PART + within
                     acc += gl.load(pointers, mask=there, other=0.0, cache_modifier=".cg")
             gl.store(arrivals_ptr + tile, 0)  # ready for the next call
     if complete:
-        # rows g and g + 8 of a fragment are outputs 2 g and 2 g + 1, so that a thread's two lie side by side
         result = acc.reshape([8, 2, 8, BLOCK_M]).permute([0, 2, 1, 3]).reshape([128, BLOCK_M])
-        linear: gl.constexpr = result.type.layout
+        linear: gl.constexpr = _output_layout(BLOCK_M, gl.num_warps())
+        result = gl.convert_layout(result, linear)
         n = tile // TOKEN_TILES * 128 + gl.arange(0, 128, gl.SliceLayout(1, linear))
         m = zero + tile % TOKEN_TILES * BLOCK_M + gl.arange(0, BLOCK_M, gl.SliceLayout(0, linear))
         if SCALE:
@@ -514,8 +531,7 @@ def stream(x: Tensor, weight: StreamedWeight, bias: Tensor | None, arrivals: Ten
     out = torch.empty((num_tokens, weight.out_features), dtype=x.dtype, device=x.device)
     num_tiles = weight.num_tiles(num_tokens, tile.block_m)
     num_programs = min(tile.num_programs, num_tiles * (in_features // STEP))
-    # what a program adds to a tile lies at program + tile
-    partial = torch.empty((num_programs + num_tiles, TILE, tile.block_m), dtype=torch.float32, device=x.device)
+    partial = torch.empty((2 * num_programs, TILE, tile.block_m), dtype=torch.float32, device=x.device)
     words = weight.words.view(torch.int32)
     _stream[(num_programs,)](
         out,

@@ -121,19 +121,23 @@ def fp8_order(device: torch.device) -> Tensor:
 
 
 def int4_tiling(out_features: int, num_tokens: int, num_processors: int) -> StreamTiling:
-    """Measured on an H200. With more tokens a tile that several programs share costs more, so narrow layers get one
-    program for each processor."""
+    """Measured on an H200, between the kernels of a layer.
+
+    With more tokens a tile that several programs share costs more, so narrow layers get one program for each processor.
+    It leaves no room for a second one: the programs start while the kernel before them still runs, and would gather
+    where that has ended first.
+    """
     if num_tokens <= 8:
         return StreamTiling(8, num_stages=6, num_warps=4, resident=3, num_programs=3 * num_processors)
     if num_tokens <= 16:
         return StreamTiling(16, num_stages=6, num_warps=4, resident=2, num_programs=2 * num_processors)
     if num_tokens > 64:
         return StreamTiling(128, num_stages=5, num_warps=8, resident=1, num_programs=num_processors)
-    wide = triton.cdiv(out_features, TILE) >= num_processors
-    num_programs = (2 if wide else 1) * num_processors
-    if num_tokens <= 32:
-        return StreamTiling(32, num_stages=5, num_warps=8, resident=2, num_programs=num_programs)
-    return StreamTiling(64, num_stages=4, num_warps=8, resident=2, num_programs=num_programs)
+    block_m = 32 if num_tokens <= 32 else 64
+    if triton.cdiv(out_features, TILE) < num_processors:
+        return StreamTiling(block_m, num_stages=8, num_warps=8, resident=1, num_programs=num_processors)
+    num_stages = 5 if block_m == 32 else 4
+    return StreamTiling(block_m, num_stages, num_warps=8, resident=2, num_programs=2 * num_processors)
 
 
 def fp8_tiling(out_features: int, num_tokens: int, num_processors: int) -> StreamTiling:
@@ -142,9 +146,9 @@ def fp8_tiling(out_features: int, num_tokens: int, num_processors: int) -> Strea
         block_m = 8 if num_tokens <= 8 else 16
         return StreamTiling(block_m, num_stages=5, num_warps=8, resident=2, num_programs=2 * num_processors)
     if num_tokens <= 32:
-        wide = triton.cdiv(out_features, TILE) >= num_processors
-        num_programs = (2 if wide else 1) * num_processors
-        return StreamTiling(32, num_stages=4, num_warps=8, resident=2, num_programs=num_programs)
+        if triton.cdiv(out_features, TILE) < num_processors:
+            return StreamTiling(32, num_stages=5, num_warps=8, resident=1, num_programs=num_processors)
+        return StreamTiling(32, num_stages=4, num_warps=8, resident=2, num_programs=2 * num_processors)
     if num_tokens <= 64:
         return StreamTiling(64, num_stages=6, num_warps=8, resident=1, num_programs=num_processors)
     return StreamTiling(128, num_stages=4, num_warps=8, resident=1, num_programs=num_processors)
@@ -218,7 +222,7 @@ class HopperFp8:
     Streaming leaves the activations as they are, which is more exact than what the checkpoint allows.
     """
 
-    MAX_UNROUNDED = 16
+    MAX_UNROUNDED = 32
     """Tokens; beyond, rounding them for cuBLAS gains, where it multiplies such weights."""
 
     MAX_STREAMED = 256

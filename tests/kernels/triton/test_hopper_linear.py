@@ -154,9 +154,9 @@ def test_fp8_weights_meet_tokens(dtype: torch.dtype, block: tuple[int, int] | No
 
 @pytest.mark.usefixtures("_stand_in")
 @pytest.mark.parametrize(
-    ("num_tokens", "activation", "rounds"), [(16, "token", False), (17, "token", True), (17, "none", False)]
+    ("num_tokens", "activation", "rounds"), [(32, "token", False), (33, "token", True), (33, "none", False)]
 )
-def test_more_than_16_tokens_are_rounded_where_the_checkpoint_allows_it(
+def test_more_than_32_tokens_are_rounded_where_the_checkpoint_allows_it(
     num_tokens: int, activation: Activation, rounds: bool
 ) -> None:
     need, weight = fp8(256, 48, None, torch.bfloat16)
@@ -200,7 +200,9 @@ def test_tilings_fit_their_processor(num_tokens: int, out_features: int) -> None
         stage = TILE * step_bytes + tile.block_m * STEP * 2 + 2 * TILE * 4
         assert tile.resident * tile.num_stages * stage <= SHARED_MEMORY
         assert tile.resident * tile.num_warps * 32 * tile.max_registers <= 65536
-        assert tile.num_programs <= tile.resident * 132
+        assert tile.num_programs == tile.resident * 132
+        # programs that start early find no room for more of them on one processor than on another
+        assert tile.resident > 1 or 2 * tile.num_stages * (stage - 2 * TILE * 4) > SHARED_MEMORY
 
 
 @pytest.mark.parametrize(("num_in", "num_out", "group_size"), [(128, 72, 64), (384, 256, 128), (256, 128, 256)])

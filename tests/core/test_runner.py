@@ -15,6 +15,7 @@ from typing import Any, ClassVar
 import hypothesis.strategies as st
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from torch import Tensor
 
@@ -28,7 +29,7 @@ from octavo.graphs import Choice, StepGraphs, StepInputs, StepShape, StepShapes
 from octavo.messages import Abort, Submit
 from octavo.request import Request, SamplingParams
 from octavo.rows import RowArrays
-from octavo.runner import Runner
+from octavo.runner import DeviceTable, Runner
 from octavo.speculation import FixedController, Speculation
 from octavo.startup import build_engine, resolve
 
@@ -69,6 +70,14 @@ class DeviceLengths(TorchAttention):
         return super().plan(
             replace(batch, query_lens=(starts[1:] - starts[:-1]).tolist(), context_lens=batch.seq_lens.tolist())
         )
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_the_host_reads_what_it_wrote_to_a_readable_table(device: str) -> None:
+    table = DeviceTable(3, 5, torch.int32, torch.device(device), readable=True)
+    table.write(1, 2, [7, 8])
+    table.write(0, 0, [9])
+    assert table.read(np.array([1, 1, 0, 2]), np.array([3, 2, 0, 4])).tolist() == [8, 7, 9, 0]
 
 
 @pytest.fixture

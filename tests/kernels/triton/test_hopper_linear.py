@@ -29,7 +29,7 @@ from octavo_kernels.hopper_linear import (
     int4_tiling,
     pack_fragments,
 )
-from octavo_kernels.hopper_stream import STEP, TILE, first_unit, place_of, program_of
+from octavo_kernels.hopper_stream import STEP, TILE, first_unit, program_of
 from octavo_quant.fp8_linear import ReferenceFp8
 from octavo_quant.fp8_weight import Activation, Fp8Need, Fp8Weight
 from octavo_quant.packed import PackedNeed, PackedWeight
@@ -53,7 +53,7 @@ class StandIn:
         assert num_tokens <= constants["TOKEN_TILES"] * block_m
         assert num_tiles == -(-num_rows // TILE) * constants["TOKEN_TILES"] <= arrivals.numel()
         assert 1 <= num_programs <= num_tiles * (in_features // STEP)
-        assert partial.shape == (2 * num_programs, TILE, block_m)
+        assert partial.shape == (num_programs, TILE, block_m)
         if constants["FP8"]:
             weight = self.fp8_weight(words.view(torch.float8_e4m3fn))
             if group:
@@ -63,9 +63,13 @@ class StandIn:
                 weight *= scales[:, None]
             assert exponent & 0xFFFF == exponent >> 16
         else:
-            scale, zero = (self.by_group(params, x.dtype, low=low, group=group) for low in (True, False))
-            offset = {torch.bfloat16: 128, torch.float16: 1024}[x.dtype]
-            weight = ((self.fragments(words) + offset - zero) * scale)[:num_rows]
+            low, high = (self.by_group(params, x.dtype, low=low, group=group) for low in (True, False))
+            values = self.fragments(words)
+            if x.dtype == torch.bfloat16:  # odd outputs lie four bits higher, below the exponent of 2 ** -126
+                values[1::2] *= 16
+                weight = ((values.double() * 2.0**-133 * low + high) * 2.0**23).float()[:num_rows]
+            else:
+                weight = ((values + 1024 - high) * low)[:num_rows]
         y = x.float() @ weight.T
         out.copy_(y + bias.float() if constants["BIAS"] else y)
 
@@ -168,25 +172,21 @@ def test_more_than_32_tokens_are_rounded_where_the_checkpoint_allows_it(
 
 
 @given(st.integers(1, 400), st.integers(1, 60), st.integers(1, 70))
-def test_runs_cover_every_step_once_and_parts_of_tiles_have_their_own_places(
+def test_runs_cover_every_step_once_and_programs_leave_one_part_to_others_at_most(
     num_programs: int, num_tiles: int, num_steps: int
 ) -> None:
     num_units = num_tiles * num_steps
     num_programs = min(num_programs, num_units)
     bounds = [first_unit.fn(program, num_programs, num_units) for program in range(num_programs + 1)]
     assert (bounds[0], bounds[-1]) == (0, num_units)
-    places = []
     for program, (begin, end) in enumerate(pairwise(bounds)):
         assert begin < end
         assert program_of.fn(begin, num_programs, num_units) == program
         assert program_of.fn(end - 1, num_programs, num_units) == program
-        for tile in {unit // num_steps for unit in range(begin, end)}:
-            first = program_of.fn(tile * num_steps, num_programs, num_units)
-            last = program_of.fn(tile * num_steps + num_steps - 1, num_programs, num_units)
-            if first != last:
-                places.append(place_of.fn(program, first))
-    assert len(places) == len(set(places))
-    assert max(places, default=0) < 2 * num_programs
+        tiles = sorted({unit // num_steps for unit in range(begin, end)})
+        firsts = [program_of.fn(tile * num_steps, num_programs, num_units) for tile in tiles]
+        assert firsts[0] <= program  # which starts after it, as runs go to programs in reverse
+        assert all(first == program for first in firsts[1:])
 
 
 @given(st.integers(1, 256), st.integers(1, 60000))

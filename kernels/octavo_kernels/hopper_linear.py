@@ -148,8 +148,8 @@ def int4_tiling(out_features: int, num_tokens: int, num_processors: int) -> Stre
     block_m = 32 if num_tokens <= 32 else 64
     if triton.cdiv(out_features, TILE) < num_processors:
         return StreamTiling(block_m, num_stages=8, num_warps=8, resident=1, num_programs=num_processors)
-    num_stages = 5 if block_m == 32 else 4
-    return StreamTiling(block_m, num_stages, num_warps=8, resident=2, num_programs=2 * num_processors)
+    num_stages = 6 if block_m == 32 else 4
+    return StreamTiling(block_m, num_stages, num_warps=4, resident=2, num_programs=2 * num_processors)
 
 
 def fp8_tiling(out_features: int, num_tokens: int, num_processors: int) -> StreamTiling:

@@ -136,7 +136,7 @@ class Engine:
         device would run dry. There are none to spare when requests wait already."""
         if step is None or self.scheduler.waiting:
             return 0.0
-        return self._pace.spare(step.started, step.launched_at)
+        return self._pace.spare(step.started, step.launched_at, time.perf_counter())
 
     def settle(self, step: InFlight | None) -> StepOutputs:
         """Take in a launched step's results; with None, only what ended outside a step."""

@@ -6,7 +6,6 @@ step before it begins, and a request that arrives in between would have to wait 
 
 from __future__ import annotations
 
-import time
 from collections import deque
 
 MARGIN = 0.0005
@@ -28,10 +27,10 @@ class Pace:
         self._last_ready = ready
         self._host_is_late = was_done
 
-    def spare(self, started: float, launched_at: float) -> float:
+    def spare(self, started: float, launched_at: float, now: float) -> float:
         """Seconds until the next launch, when all that is under way is a step that was launched from ``started`` to
         ``launched_at``. Steps with prompts take longer than is assumed here: the launch after them is an early one."""
         if self._host_is_late:
             return 0.0
         end = max(launched_at, self._last_ready) + min(self._decode_seconds)
-        return max(0.0, end - 2 * (launched_at - started) - MARGIN - time.perf_counter())
+        return max(0.0, end - 2 * (launched_at - started) - MARGIN - now)

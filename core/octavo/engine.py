@@ -21,6 +21,7 @@ from octavo.messages import (
     TokenLogprobs,
     samples,
 )
+from octavo.pace import Pace
 from octavo.request import FinishReason, Request
 from octavo.runner import LaunchedStep, Runner
 from octavo.scheduler import Scheduler, SettledRow
@@ -32,8 +33,9 @@ class InFlight:
     """A step that was launched and not settled yet."""
 
     launched: LaunchedStep
-    started: float
+    started: float  # when its scheduling began, time.perf_counter()
     drafted: Drafted
+    launched_at: float = 0.0  # when the device had it
 
 
 class Engine:
@@ -58,6 +60,7 @@ class Engine:
         self.overlap = overlap
         self._speculation = speculation or NoSpeculation()
         self._last_settled = 0.0
+        self._pace = Pace()
         self._ended: list[SequenceOutput] = []  # ended outside a step: aborted or refused
 
     # --- requests ----------------------------------------------------------------------------------------------------
@@ -126,15 +129,23 @@ class Engine:
         if drafted is None:
             return None
         plan = self.scheduler.schedule()
-        return InFlight(self.runner.launch(plan), started, drafted) if plan else None
+        return InFlight(self.runner.launch(plan), started, drafted, time.perf_counter()) if plan else None
+
+    def patience(self, step: InFlight | None) -> float:
+        """Seconds that the next launch may wait for requests while ``step`` is under way: until shortly before the
+        device would run dry. There are none to spare when requests wait already."""
+        if step is None or self.scheduler.waiting:
+            return 0.0
+        return self._pace.spare(step.started, step.launched_at, time.perf_counter())
 
     def settle(self, step: InFlight | None) -> StepOutputs:
         """Take in a launched step's results; with None, only what ended outside a step."""
         sequences, self._ended = self._ended, []
         if step is None:
             return StepOutputs(sequences, self._stats(StepStats()))
+        plan, was_done = step.launched.plan, step.launched.is_done()
         result = step.launched.wait()
-        plan = step.launched.plan
+        ready = time.perf_counter()
         items = self.scheduler.settle(plan, result.token_ids)
         for item in items:
             request = item.row.request
@@ -157,6 +168,7 @@ class Engine:
             num_prefix_hits=plan.num_prefix_hits,
             step_seconds=now - step.started,
         )
+        self._pace.finished(step.launched_at, ready, was_done=was_done, has_prompts=stats.num_prompt_tokens > 0)
         # with steps in flight at the same time, each counts from the end of the one before
         self._speculation.settled(step.drafted, plan, items, stats, now - max(step.started, self._last_settled))
         self._last_settled = now

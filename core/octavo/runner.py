@@ -116,6 +116,10 @@ class LaunchedStep:
     prompt_logprobs: dict[int, tuple[Tensor, LogprobTensors]]
     ready: torch.cuda.Event | None
 
+    def is_done(self) -> bool:
+        """Whether the results are on the host."""
+        return self.ready is None or bool(self.ready.query())  # type: ignore[no-untyped-call]
+
     def wait(self) -> StepResult:
         """The results; waits for the device if need be."""
         if self.ready is not None:

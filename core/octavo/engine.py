@@ -147,22 +147,26 @@ class Engine:
         result = step.launched.wait()
         ready = time.perf_counter()
         items = self.scheduler.settle(plan, result.token_ids)
+        num_output_tokens = 0
         for item in items:
-            request = item.row.request
+            request, token_ids = item.row.request, item.token_ids
+            num_output_tokens += len(token_ids)
             if request.prompt_logprobs is not None:
                 self._collect_prompt_logprobs(item, result.prompt_logprobs.get(item.index))
             if item.finish_reason is not None:
                 self._speculation.release(request)
-            if item.token_ids:
-                sequences.append(self._report(item, result.logprobs[item.index]))
+            if token_ids:
+                sequences.append(self._output(request, token_ids, item.finish_reason, result.logprobs[item.index]))
         now = time.perf_counter()
         stats = StepStats(
             num_prompt_tokens=sum(
-                min(row.end, row.request.num_prompt) - row.start
-                for row in plan.rows
-                if row.start < row.request.num_prompt
+                [
+                    min(row.end, row.request.num_prompt) - row.start
+                    for row in plan.rows
+                    if row.start < row.request.num_prompt
+                ]
             ),
-            num_output_tokens=sum(len(item.token_ids) for item in items),
+            num_output_tokens=num_output_tokens,
             num_preemptions=plan.num_preempted,
             num_prefix_queries=plan.num_prefix_queries,
             num_prefix_hits=plan.num_prefix_hits,
@@ -180,30 +184,33 @@ class Engine:
 
     # --- reporting ---------------------------------------------------------------------------------------------------
 
-    def _report(self, item: SettledRow, logprobs: Sequence[TokenLogprobs] | None) -> SequenceOutput:
-        request = item.row.request
-        output = self._output(request, item.token_ids, item.finish_reason)
-        if logprobs is not None:
-            output.logprobs = list(logprobs[: len(item.token_ids)])
-        if request.prompt_logprobs is not None:
-            output.prompt_logprobs, request.prompt_logprobs = request.prompt_logprobs, None
-        return output
-
-    def _output(self, request: Request, token_ids: list[int], reason: FinishReason | None) -> SequenceOutput:
+    def _output(
+        self,
+        request: Request,
+        token_ids: list[int],
+        reason: FinishReason | None,
+        logprobs: Sequence[TokenLogprobs] | None = None,
+    ) -> SequenceOutput:
         output = SequenceOutput(request.request_id, request.index, token_ids)
         if request.index == 0:
             output.num_cached_tokens = request.num_cached
+        if logprobs is not None:
+            output.logprobs = list(logprobs[: len(token_ids)])
+        first = bool(token_ids) and len(request.tokens) == request.num_prompt + len(token_ids)
+        if reason is None and not first:
+            return output  # most rows of most steps bring tokens and nothing else
+        if first:
+            output.prompt_logprobs, request.prompt_logprobs = request.prompt_logprobs, None
         if reason is not None:
             output.finish_reason = reason
             output.stop_token_id = request.stop_token_id
-        if reason is not None or (token_ids and len(request.tokens) == request.num_prompt + len(token_ids)):
-            output.timing = Timing(
-                request.arrival,
-                request.scheduled_at,
-                request.first_token_at,
-                time.monotonic() if reason is not None else 0.0,
-                request.num_preemptions,
-            )
+        output.timing = Timing(
+            request.arrival,
+            request.scheduled_at,
+            request.first_token_at,
+            time.monotonic() if reason is not None else 0.0,
+            request.num_preemptions,
+        )
         return output
 
     def _collect_prompt_logprobs(self, item: SettledRow, found: Sequence[TokenLogprobs] | None) -> None:

@@ -235,7 +235,7 @@ class StepGraphs:
         ``rows.sampled``. ``draws`` are for those; None: nothing is drawn.
         """
         captured = self._captured[shape]
-        packed = np.empty(StepInputs.size(shape), np.int64)
+        packed = np.empty(len(captured.flat), np.int64)
         where = self._fill(StepInputs.views(shape, packed), shape, rows, draws)
         host = torch.from_numpy(packed)
         captured.flat.copy_(host.pin_memory() if self._device.type == "cuda" else host, non_blocking=True)

@@ -110,7 +110,7 @@ class LaunchedStep:
 
     plan: StepPlan
     tokens: Tensor  # [num_sampled] int64, REJECTED where a draft before it was wrong; pinned on a GPU
-    sampled: Sequence[int]  # index into the plan's rows of each sampled token
+    sampled: list[int]  # index into the plan's rows of each sampled token
     logprobs: LogprobTensors | None  # for the entries of sampled that are listed in logprob_entries
     logprob_entries: Sequence[int]
     prompt_logprobs: dict[int, tuple[Tensor, LogprobTensors]]
@@ -125,11 +125,15 @@ class LaunchedStep:
         if self.ready is not None:
             self.ready.synchronize()
         rows = self.plan.rows
-        token_ids: list[list[int]] = [[] for _ in rows]
         logprobs: list[list[TokenLogprobs] | None] = [None] * len(rows)
-        for row, token in zip(self.sampled, self.tokens.tolist(), strict=True):
-            if token != REJECTED:
-                token_ids[row].append(token)
+        tokens = self.tokens.tolist()
+        if self.sampled == list(range(len(rows))):  # one token each, and a row's first is never rejected
+            token_ids = [[token] for token in tokens]
+        else:
+            token_ids = [[] for _ in rows]
+            for row, token in zip(self.sampled, tokens, strict=True):
+                if token != REJECTED:
+                    token_ids[row].append(token)
         if self.logprobs is not None:
             chosen = self.tokens[torch.as_tensor(self.logprob_entries)]
             counts = [rows[self.sampled[entry]].request.params.logprobs or 0 for entry in self.logprob_entries]

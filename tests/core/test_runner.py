@@ -22,14 +22,15 @@ from torch import Tensor
 import octavo.runner
 import octavo.startup
 from octavo.attention.torch_backend import TorchAttention
-from octavo.batch import ForwardBatch, PlannedRow
+from octavo.batch import ForwardBatch, PlannedRow, StepPlan
 from octavo.config import EngineConfig
 from octavo.engine import Engine
 from octavo.graphs import Choice, StepGraphs, StepInputs, StepShape, StepShapes
 from octavo.messages import Abort, Submit
 from octavo.request import Request, SamplingParams
 from octavo.rows import RowArrays
-from octavo.runner import DeviceTable, Runner
+from octavo.runner import DeviceTable, LaunchedStep, Runner
+from octavo.sampling import REJECTED
 from octavo.speculation import FixedController, Speculation
 from octavo.startup import build_engine, resolve
 
@@ -284,6 +285,21 @@ def test_padding_writes_to_the_spare_block_only(make_engine: Callable[..., Engin
     }
     assert changed <= used | {spare}
     assert spare in changed
+
+
+@pytest.mark.parametrize(
+    ("sampled", "tokens", "expected"),
+    [
+        ([0, 1, 2], [7, 8, 9], [[7], [8], [9]]),  # decodes alone
+        ([0, 2], [7, 9], [[7], [], [9]]),  # beside a prompt's chunk
+        ([0, 1, 1, 1, 2], [7, 8, 5, REJECTED, 9], [[7], [8, 5], [9]]),  # beside drafts
+        ([1, 1, 2], [8, REJECTED, 9], [[], [8], [9]]),  # as many tokens as rows, and not one each
+    ],
+)
+def test_sampled_tokens_go_to_their_rows(sampled: list[int], tokens: list[int], expected: list[list[int]]) -> None:
+    rows = [PlannedRow(Request(str(i), [0], GREEDY, seed=0, max_total_tokens=9), 0, 1, True) for i in range(3)]
+    step = LaunchedStep(StepPlan(rows), torch.tensor(tokens), sampled, None, (), {}, None)
+    assert step.wait().token_ids == expected
 
 
 def arrays(*query_lens: int, samples: bool = True, num_drafts: int = 0) -> RowArrays:

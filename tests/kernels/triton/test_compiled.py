@@ -143,7 +143,7 @@ print(json.dumps({
     "logprobs_list": compile(logprobs._list, 8, dict(
         CANDIDATES=2048, CAPACITY=1024, PARTS=32, BLOCK=4096, PDL=True), **SAMPLE, logprobs_ptr="*fp32",
         out_ranks_ptr="*i64", top_ids_ptr="*i64", top_logprobs_ptr="*fp32"),
-    "dequantize_int4": compile(hopper_linear._dequantize_int4, 4, dict(K=4096, GROUP=128, OFFSET=128),
+    "dequantize_int4": compile(hopper_linear._dequantize_int4, 4, dict(K=4096, GROUP=128, FACTOR=2.0**23),
         words_ptr="*i32", params_ptr="*i32"),
     "dequantize_fp8": compile(hopper_linear._dequantize_fp8, 4, dict(
         K=4096, ROW_BLOCK=128, COLUMN_BLOCK=128, BLOCK=1024), values_ptr="*fp8e4nv", scales_ptr="*fp32"),

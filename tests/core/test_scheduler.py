@@ -84,9 +84,10 @@ def decoding_beside(*lengths: int, running: bool = True) -> list[int]:
 
 def test_few_prompts_are_spread_over_steps_so_that_others_wait_less_for_their_tokens() -> None:
     assert decoding_beside(300) == [301]
-    assert decoding_beside(1000) == [513, 489]
-    assert decoding_beside(300, 300) == [513, 90], "the first has its first token, and decodes beside the second"
-    assert decoding_beside(1024)[0] == 513
+    assert decoding_beside(512) == [513]
+    assert decoding_beside(1000) == [501, 501]
+    assert decoding_beside(300, 300) == [301, 302], "the first has its first token, and decodes beside the second"
+    assert decoding_beside(1024) == [513, 513]
 
 
 def test_many_prompts_take_all_that_a_step_has() -> None:

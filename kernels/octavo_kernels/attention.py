@@ -96,7 +96,10 @@ def _attend_range(
     return accumulator, maximum, total
 
 
-@triton.jit(do_not_specialize=["num_rows", "num_items", "num_extra"])
+@triton.jit(
+    do_not_specialize=["num_rows", "num_items", "num_extra"],
+    do_not_specialize_on_alignment=["seq_lens_ptr"],
+)
 def _share_out(
     item_rows_ptr,
     first_items_ptr,
@@ -130,7 +133,10 @@ def _share_out(
     tl.store(item_rows_ptr + item, tl.full((BLOCK_ITEMS,), -1, tl.int32), mask=(item >= total) & (item < num_items))
 
 
-@triton.jit(do_not_specialize=["first_row", "num_rows", "num_splits", "block_tables_stride"])
+@triton.jit(
+    do_not_specialize=["first_row", "num_rows", "num_splits", "block_tables_stride"],
+    do_not_specialize_on_alignment=["query_start_ptr", "seq_lens_ptr"],  # pieces of a step's numbers
+)
 def _paged_attention(
     out_ptr,
     partial_ptr,

@@ -38,7 +38,10 @@ def compile(kernel, num_warps, constants, make=ASTSource, registers=None, **type
             return "fp32"
         return types.get(name) or TYPES.get(name) or ("*bf16" if name.endswith("_ptr") else "i32")
     names = kernel.arg_names
-    aligned = [i for i, name in enumerate(names) if name.endswith(("_ptr", "stride"))]
+    aligned = [
+        param.num for param in kernel.params if param.name.endswith(("_ptr", "stride"))
+        and not (param.do_not_specialize or param.do_not_specialize_on_alignment)
+    ]
     source = make(
         kernel, {name: kind(name) for name in names}, constants, {(i,): [["tt.divisibility", 16]] for i in aligned}
     )

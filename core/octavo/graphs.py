@@ -235,9 +235,8 @@ class StepGraphs:
         ``rows.sampled``. ``draws`` are for those; None: nothing is drawn.
         """
         captured = self._captured[shape]
-        packed = np.empty(len(captured.flat), np.int64)
-        where = self._fill(StepInputs.views(shape, packed), shape, rows, draws)
-        host = torch.from_numpy(packed)
+        where = self._fill(captured.numbers, shape, rows, draws)
+        host = captured.host
         captured.flat.copy_(host.pin_memory() if self._device.type == "cuda" else host, non_blocking=True)
         captured.run()
         return captured.output, where
@@ -294,9 +293,10 @@ class StepGraphs:
         if len(self._inputs) < size:  # earlier graphs keep the one that they were captured with
             self._inputs = torch.zeros(size, dtype=torch.int64, device=self._device)
         flat = self._inputs[:size]
-        nothing = np.empty(size, np.int64)
-        self._fill(StepInputs.views(shape, nothing), shape, RowArrays.of(()), None)
-        flat.copy_(torch.from_numpy(nothing))
+        host = np.empty(size, np.int64)
+        numbers = StepInputs.views(shape, host)
+        self._fill(numbers, shape, RowArrays.of(()), None)
+        flat.copy_(torch.from_numpy(host))
         inputs = StepInputs.views(shape, flat)
         kind = shape.choice, shape.every_token
         if kind not in self._capturable:
@@ -304,7 +304,7 @@ class StepGraphs:
         if not self._capturable[kind]:
             return None
         try:
-            self._captured[shape] = _Captured(flat, *self._capture(inputs, shape))
+            self._captured[shape] = _Captured(flat, torch.from_numpy(host), numbers, *self._capture(inputs, shape))
         except RuntimeError as error:  # what is not allowed in a capture, or no memory left: steps go on without
             logger.warning("no CUDA graph for %s: %s", shape, str(error).splitlines()[0])
             self._capturable[kind] = False
@@ -353,5 +353,7 @@ class _Captured(NamedTuple):
     """A step that is started with one call."""
 
     flat: Tensor  # the inputs
+    host: Tensor  # the same on the host, for the next replay
+    numbers: StepInputs  # pieces of that
     run: Callable[[], object]
     output: Tensor

@@ -1,8 +1,8 @@
 """Decode attention over contexts of uneven lengths on one GPU: ``python benchmarks/uneven.py``.
 
 One program for each row and key/value head is enough to fill the device with many rows, and then the longest context
-decides how long a launch takes. The backend ``triton-balanced`` shares splits out by length instead; this compares the
-two, first for error against float32 and then for time, with heads and caches as in Llama-3.1-8B.
+decides how long a launch takes. So splits are shared out by length; this compares that with as many for each row, first
+for error against float32 and then for time, with heads and caches as in Llama-3.1-8B.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ def compare(ceilings: Ceilings, name: str, lengths: list[int]) -> str:
 def main() -> None:
     """Print the table, in microseconds."""
     ceilings = Ceilings.measure(DEVICE, DTYPE)
-    print(f"{'contexts':<28}{'rows':>5}{'floor':>9}{'triton':>9}{'error':>10}{'balanced':>9}{'error':>10}")
+    print(f"{'contexts':<28}{'rows':>5}{'floor':>9}{'even':>9}{'error':>10}{'by length':>10}{'error':>9}")
     cases = {f"trace, {rows} rows": trace_contexts(rows) for rows in (19, 64, 128, 256, 512)}
     cases |= {f"equal, {rows} rows": [1100] * rows for rows in (1, 8, 32, 64, 256)}
     cases |= {f"one of 8192, {rows} rows": [*[387] * (rows - 1), 8192] for rows in (16, 64, 256)}

@@ -26,7 +26,6 @@ class TritonAttention(AttentionBackend):
 
     name: ClassVar[str] = "triton"
     capturable: ClassVar[bool] = True
-    _by_length: ClassVar[bool] = False  # whether long contexts get more splits than short ones
 
     def __init__(self, need: AttentionNeed) -> None:
         self._need = need
@@ -57,7 +56,7 @@ class TritonAttention(AttentionBackend):
             max_query_len=batch.max_query_len,
             max_seq_len=batch.max_seq_len,
             batch_invariant=self._need.batch_invariant,
-            seq_lens=batch.seq_lens if self._by_length else None,
+            seq_lens=batch.seq_lens,
         )
 
     def attend(
@@ -121,21 +120,6 @@ class TritonAttention(AttentionBackend):
             key_scale=spec.key_scale,
             value_scale=spec.value_scale,
         )
-
-
-class BalancedTritonAttention(TritonAttention):
-    """The same, with splits shared out by the lengths of the contexts: a long one beside many short ones does not hold
-    up the step. Not measured yet, so it serves only where it is asked for by name."""
-
-    name: ClassVar[str] = "triton-balanced"
-    _by_length: ClassVar[bool] = True
-
-    @classmethod
-    def missing(cls, need: AttentionNeed) -> list[str]:
-        reasons = super().missing(need)
-        if need.batch_invariant:
-            reasons.append("where it splits a context depends on the others in the batch")
-        return reasons
 
 
 def _packed(x: Tensor) -> Tensor:

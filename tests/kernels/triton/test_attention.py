@@ -8,9 +8,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from octavo.interfaces import AttentionNeed
 from octavo_kernels.attention import Heads, paged_attention, paged_attention_reference, plan_sections
-from octavo_kernels.backend import BalancedTritonAttention, TritonAttention
 
 
 @dataclass(frozen=True)
@@ -120,7 +118,7 @@ def test_a_long_context_is_split_and_repeats_bit_by_bit(device: torch.device) ->
     assert torch.equal(results[0], results[2])
 
 
-@pytest.mark.parametrize("lengths", [[1], [0, 5000], [64] * 7, [8000, *[100] * 40], [3000, 1, 64, 65, 129, 2000]])
+@pytest.mark.parametrize("lengths", [[1, 1], [0, 5000], [64] * 7, [8000, *[100] * 40], [3000, 1, 64, 65, 129, 2000]])
 def test_splits_go_to_the_longest_contexts(device: torch.device, lengths: list[int]) -> None:
     seq_lens = torch.tensor(lengths, dtype=torch.int32, device=device)
     (section,) = plan_sections(
@@ -144,12 +142,21 @@ def test_splits_go_to_the_longest_contexts(device: torch.device, lengths: list[i
     assert max(per_split) <= max(1, -(-sum(tiles) // (len(rows) - len(lengths)))), "somebody's splits are too long"
 
 
-def test_splits_are_planned_without_single_lengths() -> None:
-    device = torch.device("cpu")
+@pytest.mark.parametrize(("num_rows", "batch_invariant"), [(1, False), (3, True)])
+def test_splits_are_planned_without_lengths_where_a_row_is_alone(num_rows: int, batch_invariant: bool) -> None:
     sections = plan_sections(
-        Heads(32, 8, 128), device, num_rows=1, num_tokens=1, num_decodes=1, max_query_len=1, max_seq_len=8192
+        Heads(32, 8, 128),
+        torch.device("cpu"),
+        num_rows=num_rows,
+        num_tokens=num_rows,
+        num_decodes=num_rows,
+        max_query_len=1,
+        max_seq_len=8192,
+        batch_invariant=batch_invariant,
+        seq_lens=torch.tensor([8000] * num_rows, dtype=torch.int32),
     )
-    assert [section.num_tiles for section in sections] == [1]
+    assert [section.num_tiles for section in sections] == [num_rows]
+    assert [section.items for section in sections] == [None]
     assert sections[0].num_splits > 1
 
 
@@ -176,9 +183,3 @@ def test_batch_invariant_rows_do_not_depend_on_their_neighbours(device: torch.de
         return paged_attention(query[:rows], kv, tables[:rows], starts, lens[:rows], sections, scale=0.2)
 
     assert torch.equal(run(1)[0], run(3)[0])
-
-
-def test_splits_by_length_are_refused_where_a_row_must_not_depend_on_others() -> None:
-    need = AttentionNeed(torch.device("cpu"), torch.float16, torch.float16, 16, 64, 4, 2, batch_invariant=True)
-    (more,) = set(BalancedTritonAttention.missing(need)) - set(TritonAttention.missing(need))
-    assert "depends on the others" in more

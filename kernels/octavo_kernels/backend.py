@@ -20,8 +20,9 @@ MAX_HEAD_DIM = 256
 class TritonAttention(AttentionBackend):
     """Paged attention as Triton kernels.
 
-    ``plan`` reads host numbers only and allocates what the splits need, so it may be captured in a CUDA graph: such a
-    graph serves any lengths up to the ``max_seq_len`` of the batch that it was captured with.
+    ``plan`` reads host numbers only, allocates what the splits need and shares them out on the device, so it may be
+    captured in a CUDA graph: such a graph serves any lengths up to the ``max_seq_len`` of the batch that it was
+    captured with.
     """
 
     name: ClassVar[str] = "triton"
@@ -49,14 +50,13 @@ class TritonAttention(AttentionBackend):
     def plan(self, batch: ForwardBatch) -> list[Section]:
         return plan_sections(
             self._heads,
-            batch.seq_lens.device,
+            batch.seq_lens,
             num_rows=batch.num_rows,
             num_tokens=batch.num_tokens,
             num_decodes=batch.num_decodes,
             max_query_len=batch.max_query_len,
             max_seq_len=batch.max_seq_len,
             batch_invariant=self._need.batch_invariant,
-            seq_lens=batch.seq_lens,
         )
 
     def attend(

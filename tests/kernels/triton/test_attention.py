@@ -24,7 +24,6 @@ class Case:
     soft_cap: float | None = None
     eight_bit: bool = False
     batch_invariant: bool = False
-    shared_out: bool = False
 
     def run(self, device: torch.device, dtype: torch.dtype = torch.float16) -> tuple[torch.Tensor, torch.Tensor]:
         """The kernel's output and the reference's."""
@@ -54,14 +53,13 @@ class Case:
         num_decodes = next((i for i, length in enumerate(query_lens) if length != 1), len(query_lens))
         sections = plan_sections(
             Heads(self.num_heads, self.num_kv_heads, self.head_dim),
-            device,
+            inputs[4],
             num_rows=len(self.rows),
             num_tokens=sum(query_lens),
             num_decodes=num_decodes,
             max_query_len=max(query_lens),
             max_seq_len=max(context_lens),
             batch_invariant=self.batch_invariant,
-            seq_lens=inputs[4] if self.shared_out else None,
         )
         out = paged_attention(*inputs, sections, **settings)
         assert all(section.arrivals is None or not section.arrivals.any() for section in sections)
@@ -94,13 +92,11 @@ VERIFICATION = [(5, 90), (5, 5), (3, 64)]
         Case(DECODES, eight_bit=True),
         Case(MIXED, eight_bit=True),
         Case([(1, 1500), *MIXED], batch_invariant=True),
-        Case(DECODES, shared_out=True),
-        Case([(1, 1500), *DECODES, (1, 0), (1, 700)], shared_out=True),
-        Case([(1, 1)], shared_out=True),
-        Case([(1, 900), *MIXED], shared_out=True),
-        Case(VERIFICATION, shared_out=True),
-        Case([(5, 1200), *VERIFICATION], num_heads=8, num_kv_heads=1, window=100, shared_out=True),
-        Case([(1, 1500), *DECODES], eight_bit=True, head_dim=80, shared_out=True),
+        Case([(1, 1500), *DECODES, (1, 0), (1, 700)]),
+        Case([(1, 1)]),
+        Case([(1, 900), *MIXED]),
+        Case([(5, 1200), *VERIFICATION], num_heads=8, num_kv_heads=1, window=100),
+        Case([(1, 1500), *DECODES], eight_bit=True, head_dim=80),
     ],
     ids=str,
 )
@@ -118,18 +114,17 @@ def test_a_long_context_is_split_and_repeats_bit_by_bit(device: torch.device) ->
     assert torch.equal(results[0], results[2])
 
 
-@pytest.mark.parametrize("lengths", [[1, 1], [0, 5000], [64] * 7, [8000, *[100] * 40], [3000, 1, 64, 65, 129, 2000]])
+@pytest.mark.parametrize("lengths", [[1], [0, 5000], [64] * 7, [8000, *[100] * 40], [3000, 1, 64, 65, 129, 2000]])
 def test_splits_go_to_the_longest_contexts(device: torch.device, lengths: list[int]) -> None:
     seq_lens = torch.tensor(lengths, dtype=torch.int32, device=device)
     (section,) = plan_sections(
         Heads(4, 2, 32),
-        device,
+        seq_lens,
         num_rows=len(lengths),
         num_tokens=len(lengths),
         num_decodes=len(lengths),
         max_query_len=1,
         max_seq_len=max(lengths),
-        seq_lens=seq_lens,
     )
     assert section.items is not None
     rows, first = section.items.rows.tolist(), section.items.first.tolist()
@@ -140,24 +135,6 @@ def test_splits_go_to_the_longest_contexts(device: torch.device, lengths: list[i
     tiles = [-(-length // section.tiling.block_n) for length in lengths]
     per_split = [-(-number // count) for number, count in zip(tiles, counts, strict=True)]
     assert max(per_split) <= max(1, -(-sum(tiles) // (len(rows) - len(lengths)))), "somebody's splits are too long"
-
-
-@pytest.mark.parametrize(("num_rows", "batch_invariant"), [(1, False), (3, True)])
-def test_splits_are_planned_without_lengths_where_a_row_is_alone(num_rows: int, batch_invariant: bool) -> None:
-    sections = plan_sections(
-        Heads(32, 8, 128),
-        torch.device("cpu"),
-        num_rows=num_rows,
-        num_tokens=num_rows,
-        num_decodes=num_rows,
-        max_query_len=1,
-        max_seq_len=8192,
-        batch_invariant=batch_invariant,
-        seq_lens=torch.tensor([8000] * num_rows, dtype=torch.int32),
-    )
-    assert [section.num_tiles for section in sections] == [num_rows]
-    assert [section.items for section in sections] == [None]
-    assert sections[0].num_splits > 1
 
 
 def test_batch_invariant_rows_do_not_depend_on_their_neighbours(device: torch.device) -> None:
@@ -171,7 +148,7 @@ def test_batch_invariant_rows_do_not_depend_on_their_neighbours(device: torch.de
     def run(rows: int) -> torch.Tensor:
         sections = plan_sections(
             heads,
-            device,
+            lens[:rows],
             num_rows=rows,
             num_tokens=rows,
             num_decodes=rows,

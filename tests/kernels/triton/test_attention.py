@@ -114,7 +114,7 @@ def test_a_long_context_is_split_and_repeats_bit_by_bit(device: torch.device) ->
     assert torch.equal(results[0], results[2])
 
 
-@pytest.mark.parametrize("lengths", [[1], [0, 5000], [64] * 7, [8000, *[100] * 40], [3000, 1, 64, 65, 129, 2000]])
+@pytest.mark.parametrize("lengths", [[1, 1], [0, 5000], [64] * 7, [8000, *[100] * 40], [3000, 1, 64, 65, 129, 2000]])
 def test_splits_go_to_the_longest_contexts(device: torch.device, lengths: list[int]) -> None:
     seq_lens = torch.tensor(lengths, dtype=torch.int32, device=device)
     (section,) = plan_sections(
@@ -135,6 +135,23 @@ def test_splits_go_to_the_longest_contexts(device: torch.device, lengths: list[i
     tiles = [-(-length // section.tiling.block_n) for length in lengths]
     per_split = [-(-number // count) for number, count in zip(tiles, counts, strict=True)]
     assert max(per_split) <= max(1, -(-sum(tiles) // (len(rows) - len(lengths)))), "somebody's splits are too long"
+
+
+@pytest.mark.parametrize(("num_rows", "batch_invariant"), [(1, False), (3, True)])
+def test_splits_are_even_where_a_row_is_alone(num_rows: int, batch_invariant: bool) -> None:
+    sections = plan_sections(
+        Heads(32, 8, 128),
+        torch.tensor([8000] * num_rows, dtype=torch.int32),
+        num_rows=num_rows,
+        num_tokens=num_rows,
+        num_decodes=num_rows,
+        max_query_len=1,
+        max_seq_len=8192,
+        batch_invariant=batch_invariant,
+    )
+    assert [section.num_tiles for section in sections] == [num_rows]
+    assert [section.items for section in sections] == [None]
+    assert sections[0].num_splits > 1
 
 
 @pytest.mark.parametrize("split_prompts", [True, False])

@@ -553,8 +553,9 @@ def compile_kernels(compilers: Sequence[KernelCompiler], target: _LoadedModel, m
             stack.enter_context(compiler)
         steps = usual_steps(*limits, num_blocks)
         steps += [decode_step(rows, config.block_size) for rows in (32, 64) if rows < config.max_num_seqs]
-        steps.append(sampling_step(config.max_num_seqs, config.block_size))
-        for step in steps:
+        # what takes longest to compile begins first: filters, then attention for long rows
+        steps.sort(key=lambda step: -step.rows[-1].num_tokens)
+        for step in (sampling_step(config.max_num_seqs, config.block_size), *steps):
             runner.launch(step)
     num_compiled = sum(compiler.num_compiled for compiler in compilers)
     if num_compiled:

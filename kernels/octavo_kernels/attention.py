@@ -391,6 +391,7 @@ def plan_sections(
     max_query_len: int,
     max_seq_len: int,
     batch_invariant: bool = False,
+    split_prompts: bool = True,
 ) -> list[Section]:
     """Cut a batch into launches from numbers that the host knows; the first ``num_decodes`` rows have one query each.
 
@@ -398,6 +399,8 @@ def plan_sections(
     to ``max_seq_len``. Splits of rows with few queries are shared out on the device, by ``seq_lens`` [num_rows] int32:
     a long context beside short ones takes many programs, not one for all the time that the step takes. A row that must
     not depend on its neighbours, or has none, is cut into splits of equal length.
+
+    ``split_prompts``: whether rows of more than a tile of queries are split as well, when they do not fill the device.
     """
     device = seq_lens.device
     figures = describe(device)
@@ -415,7 +418,18 @@ def plan_sections(
     if num_rows > num_decodes:
         rest, tokens = num_rows - num_decodes, num_tokens - num_decodes
         sections.append(
-            _section(heads, figures, device, num_decodes, rest, tokens, max_query_len, max_seq_len, batch_invariant)
+            _section(
+                heads,
+                figures,
+                device,
+                num_decodes,
+                rest,
+                tokens,
+                max_query_len,
+                max_seq_len,
+                batch_invariant,
+                split_prompts,
+            )
         )
     return sections
 
@@ -430,6 +444,7 @@ def _section(
     max_query_len: int,
     max_seq_len: int,
     batch_invariant: bool,
+    split_prompts: bool = True,
 ) -> Section:
     rows_per_tile = max_query_len * heads.group
     if batch_invariant and max_query_len > 1:
@@ -442,6 +457,8 @@ def _section(
     if batch_invariant:
         split_tiles = INVARIANT_SPLIT_TOKENS // shape.block_n
         num_splits = -(-context_tiles // split_tiles)
+    elif not (one_tile or split_prompts):
+        split_tiles, num_splits = 0, 1
     else:
         split_tiles = 0
         programs = figures.num_processors * (PROGRAMS_PER_PROCESSOR if shape.block_m <= 64 else 1)

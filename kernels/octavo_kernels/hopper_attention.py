@@ -393,5 +393,5 @@ def prefill_attention(
 
 
 def serves(section: Section) -> bool:
-    """Whether ``prefill_attention`` computes this section: enough tiles of full height to need no splits."""
+    """Whether ``prefill_attention`` computes this section: tiles of full height, several to a row, without splits."""
     return section.tiling.block_m == BLOCK_M and section.num_splits == 1 and not section.one_tile

@@ -154,6 +154,23 @@ def test_splits_are_even_where_a_row_is_alone(num_rows: int, batch_invariant: bo
     assert sections[0].num_splits > 1
 
 
+@pytest.mark.parametrize("split_prompts", [True, False])
+def test_a_short_prompt_is_split_unless_its_kernel_does_without(split_prompts: bool) -> None:
+    decodes, prompts = plan_sections(
+        Heads(4, 1, 128),
+        torch.ones(4, dtype=torch.int32),
+        num_rows=4,
+        num_tokens=3 + 40,
+        num_decodes=3,
+        max_query_len=40,
+        max_seq_len=8192,
+        split_prompts=split_prompts,
+    )
+    assert (decodes.num_rows, prompts.num_rows) == (3, 1)
+    assert decodes.items is not None
+    assert (prompts.partial is not None) == split_prompts
+
+
 def test_batch_invariant_rows_do_not_depend_on_their_neighbours(device: torch.device) -> None:
     """The same row alone and in a batch, with splits that depend on nothing but its own context."""
     heads = Heads(4, 2, 32)

@@ -246,7 +246,7 @@ def test_a_tile_that_programs_share_is_added_up_by_the_first_of_them(
     )  # fmt: skip
     monkeypatch.setattr(hopper_stream, "gl", gl)
     monkeypatch.setattr(hopper_stream, "program_of", program_of.fn)
-    monkeypatch.setattr(hopper_stream, "_output_layout", lambda *_: None)
+    monkeypatch.setattr(hopper_stream, "output_layout", lambda *_: None)
     total = num_tiles * num_steps
     steps = torch.randint(-9, 9, (total, 128, block_m)).float()
     out = Pointer(torch.full((num_tokens * num_rows,), float("nan")))

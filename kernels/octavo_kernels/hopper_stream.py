@@ -67,8 +67,8 @@ def fragment_layout(NUM_BLOCKS, NUM_WARPS):
 
 @gluon.constexpr_function
 def output_layout(NUM_ROWS, BLOCK_M, NUM_WARPS):
-    """Sums [NUM_ROWS, BLOCK_M] as ``wgmma`` leaves them, where rows g and g + 8 of a fragment have become 2 g and 2 g + 1:
-    pairs of rows first, so that they are stored at once."""
+    """Sums [NUM_ROWS, BLOCK_M] as ``wgmma`` leaves them, where rows g and g + 8 of a fragment have become 2 g and
+    2 g + 1: pairs of rows first, so that they are stored at once."""
     columns = [[0, b] for b in (1, 8, 16, 32, 64, 128) if b < BLOCK_M]
     apart = [[16 * w, 0] for w in (1, 2, 4) if w < NUM_WARPS]
     together = [[64, 0]] if NUM_WARPS == 4 and NUM_ROWS == 128 else []

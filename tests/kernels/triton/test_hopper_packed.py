@@ -130,8 +130,7 @@ class Emulator:
             **dict.fromkeys(("fragment_layout", "output_layout", "_word_layout"), lambda *_: None),
             **{
                 name: getattr(hopper_packed, name).fn
-                for name in ("_run", "_copy_weights", "_copy_inputs", "_load", "_widen", "_finish", "_take_turn")
-                + ("_give_turn", "_multiply")
+                for name in ("_run", "_copy_weights", "_copy_inputs", "_load", "_widen", "_finish", "_multiply")
             },
         }
 
@@ -214,30 +213,29 @@ class Emulator:
                 done.result()
 
 
-@pytest.mark.parametrize(("blocks", "block_m", "turns"), [(1, 64, True), (1, 128, False), (2, 64, True)])
+@pytest.mark.parametrize("block_m", [64, 128])
 @pytest.mark.parametrize(("num_in", "num_out", "group_size"), [(256, 72, 64), (768, 640, 128), (512, 264, 256)])
 @pytest.mark.parametrize(("num_tokens", "num_programs"), [(40, 1), (130, 3), (64, 4)])
 def test_multiplies_with_warps_as_threads(
-    monkeypatch: pytest.MonkeyPatch, blocks: int, block_m: int, turns: bool, num_in: int, num_out: int,
-    group_size: int, num_tokens: int, num_programs: int,
+    monkeypatch: pytest.MonkeyPatch, block_m: int, num_in: int, num_out: int, group_size: int, num_tokens: int,
+    num_programs: int,
 ) -> None:  # fmt: skip
     random.seed(0)
     _, weight = packed(num_in, num_out, group_size)
     words = pack_fragments(weight.unpack()).view(-1, 32)
     params = pack_parameters(weight.scales, weight.zeros, torch.float16)
     x, bias = torch.randn(num_tokens, num_in), torch.randn(num_out)
-    token_tiles, row_tiles = -(-num_tokens // block_m), -(-num_out // (128 * blocks))
+    token_tiles, row_tiles = -(-num_tokens // block_m), -(-num_out // 128)
     num_programs = min(num_programs, row_tiles * token_tiles * num_in // 128)
     emulator = Emulator(num_programs)
     for name, value in emulator.names().items():
         monkeypatch.setattr(hopper_packed, name, value)
-    monkeypatch.setattr(torch.Tensor, "dtype", property(lambda t: torch.float32), raising=False) if False else None
     out = torch.full((num_tokens, num_out), float("nan"))
-    partial = Pointer(torch.full((num_programs * 128 * blocks * block_m,), float("nan")))
+    partial = Pointer(torch.full((num_programs * 128 * block_m,), float("nan")))
     arrivals = Pointer(torch.zeros(2 * row_tiles * token_tiles, dtype=torch.int64))
     emulator.run(
         Pointer(out.view(-1)), partial, arrivals, x, words, Pointer(params.view(-1)), Pointer(bias), num_tokens,
-        num_out, token_tiles, num_in, group_size, blocks, block_m, STAGES, True, turns, False, 0, 0, False,
+        num_out, token_tiles, num_in, group_size, block_m, STAGES, True, 0, 0, False,
     )  # fmt: skip
     torch.testing.assert_close(out, x @ weight.dequantize(torch.float32).T + bias, atol=1e-2, rtol=1e-2)
     assert not arrivals.memory.any()

@@ -1,8 +1,8 @@
 """What a step costs the host: ``python benchmarks/host.py [--rows 64 256 1024] [--profile PART] [--save FILE]``.
 
-Schedule, launch and settle of decode steps, with a model and an attention backend that do nothing: what is left is
-the engine's own Python and a few small tensor operations. Needs no GPU; ``benchmarks/gpu.py host`` measures the same
-on one, where launching a captured step takes the place of the operations.
+Schedule, launch and settle of decode steps and of one long prompt, with a model, an attention backend and captured
+steps that do nothing: what is left is the engine's own Python. Needs no GPU; ``benchmarks/gpu.py host`` measures decode
+steps on one, where transfers and the start of a captured step are added.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import argparse
 import cProfile
 import gc
 import pstats
+import random
 import statistics
 import time
 from collections.abc import Callable
@@ -24,6 +25,7 @@ from octavo.batch import ForwardBatch, StepPlan
 from octavo.bench import report
 from octavo.blocks import BlockManager
 from octavo.engine import Engine, InFlight
+from octavo.graphs import StepGraphs, StepInputs, StepShape, StepShapes
 from octavo.interfaces import AttentionBackend, AttentionSpec, Placement
 from octavo.layers.attention import ForwardContext
 from octavo.messages import EngineInfo, StepOutputs, Submit
@@ -77,6 +79,16 @@ class NoAttention(AttentionBackend):
         return query
 
 
+class NoGraphs(StepGraphs):
+    """Captured steps that do nothing when they are replayed, and always find token 0."""
+
+    def _can_capture(self, run: Callable[[], object]) -> bool:
+        return True
+
+    def _capture(self, inputs: StepInputs, shape: StepShape) -> tuple[Callable[[], object], Tensor]:
+        return lambda: None, torch.zeros(shape.num_logits, dtype=torch.int64)
+
+
 def make_engine(num_rows: int, max_model_len: int) -> Engine:
     """An engine around the model that does nothing, with room for everyone and a prefix cache as usual."""
     num_blocks = num_rows * (max_model_len // BLOCK_SIZE + 1)
@@ -94,6 +106,8 @@ def make_engine(num_rows: int, max_model_len: int) -> Engine:
         sample=TorchSample(SampleNeed(CPU, VOCAB_SIZE)),
         logprobs=TorchLogprobs(SampleNeed(CPU, VOCAB_SIZE)),
     )
+    # padding may have the last slot here: nothing is computed
+    runner.graphs = NoGraphs(runner._step, StepShapes(num_rows), runner._cache_slots, num_rows - 1, CPU)
     scheduler = Scheduler(
         BlockManager(num_blocks, BLOCK_SIZE, HashChain(BLOCK_SIZE)), max_num_seqs=num_rows, max_num_batched_tokens=8192
     )
@@ -154,6 +168,33 @@ def measure(num_rows: int, num_steps: int) -> dict[str, float]:
     return {part: statistics.quantiles(times, n=4)[0] * 1e3 for part, times in seconds.items()}
 
 
+def measure_prompt(num_tokens: int, num_prompts: int) -> dict[str, float]:
+    """Milliseconds of each part for a prompt alone, all its chunks together: the lower quartile of so many prompts."""
+    prompts: dict[str, list[float]] = {part: [] for part in PARTS}
+    seconds = dict.fromkeys(PARTS, 0.0)
+
+    def watch(part: str, work: Callable[[], Any]) -> Any:
+        begin = time.thread_time()
+        result = work()
+        seconds[part] += time.thread_time() - begin
+        return result
+
+    engine = make_engine(1, num_tokens + 16)
+    parts = Parts(engine, watch)
+    draw = random.Random(0)
+    gc.collect()
+    gc.freeze()
+    for index in range(num_prompts):
+        seconds.update(dict.fromkeys(PARTS, 0.0))
+        tokens = draw.choices(range(VOCAB_SIZE), k=num_tokens)
+        engine.submit(Submit(str(index), tokens, SamplingParams(temperature=0.0, max_tokens=1), seed=index))
+        while engine.has_work:
+            parts.step()
+        for part in PARTS:
+            prompts[part].append(seconds[part])
+    return {part: statistics.quantiles(times, n=4)[0] * 1e3 for part, times in prompts.items()}
+
+
 def profile(num_rows: int, num_steps: int, wanted: str) -> None:
     """Print where one part's time goes."""
     profiler = cProfile.Profile()
@@ -170,6 +211,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--rows", type=int, nargs="+", default=[1, 64, 256, 1024])
     parser.add_argument("--steps", type=int, default=128)
+    parser.add_argument("--prompt", type=int, default=32768, metavar="TOKENS", help="length of the long prompt")
     parser.add_argument("--profile", choices=PARTS, help="show the functions of one part instead")
     parser.add_argument("--save", type=Path, metavar="FILE", help="write every figure as JSON")
     args = parser.parse_args()
@@ -188,8 +230,11 @@ def main() -> None:
             + f"{whole:>10.3f}{whole / num_rows * 1e3:>12.2f}",
             flush=True,
         )
+    prompt = measure_prompt(args.prompt, 16)
+    print(f"a prompt of {args.prompt} tokens: " + ", ".join(f"{part} {prompt[part]:.3f} ms" for part in PARTS))
     if args.save is not None:
-        report.save(args.save, "benchmarks/host.py", {"rows": args.rows, "steps": args.steps}, {"ms": result})
+        settings = {"rows": args.rows, "steps": args.steps, "prompt": args.prompt}
+        report.save(args.save, "benchmarks/host.py", settings, {"ms": result, "prompt_ms": prompt})
 
 
 if __name__ == "__main__":

@@ -42,7 +42,7 @@ class BlockManager:
             return True
         if missing > len(self._free):
             return False
-        table.extend(self._take() for _ in range(missing))
+        table.extend([self._take() for _ in range(missing)])
         return True
 
     def lookup(self, tokens: Sequence[int], salt: bytes) -> list[int]:

@@ -70,7 +70,8 @@ def drive(engine: Engine, receive: Callable[[float | None], list[Command]], send
     """The engine's loop, until it is told to shut down.
 
     ``receive(timeout)`` returns the commands that have arrived, waiting for the first at most ``timeout`` seconds
-    (None: for ever). With overlap the next step is launched before the last one is settled.
+    (None: for ever). With overlap the next step is launched before the last one is settled, but not earlier than the
+    device needs it: a request that arrives in time joins it.
     """
     in_flight: InFlight | None = None
     deadline: float | None = None
@@ -78,7 +79,7 @@ def drive(engine: Engine, receive: Callable[[float | None], list[Command]], send
         idle = in_flight is None and not engine.has_work
         if deadline is not None and (idle or time.monotonic() >= deadline):
             return
-        for command in receive(None if idle else 0.0):
+        for command in receive(None if idle else engine.patience(in_flight)):
             if isinstance(command, Submit):
                 engine.submit(command)
             elif isinstance(command, Abort):

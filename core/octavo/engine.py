@@ -21,6 +21,7 @@ from octavo.messages import (
     TokenLogprobs,
     samples,
 )
+from octavo.pace import Pace
 from octavo.request import FinishReason, Request
 from octavo.runner import LaunchedStep, Runner
 from octavo.scheduler import Scheduler, SettledRow
@@ -32,8 +33,9 @@ class InFlight:
     """A step that was launched and not settled yet."""
 
     launched: LaunchedStep
-    started: float
+    started: float  # when its scheduling began, time.perf_counter()
     drafted: Drafted
+    launched_at: float = 0.0  # when the device had it
 
 
 class Engine:
@@ -58,6 +60,7 @@ class Engine:
         self.overlap = overlap
         self._speculation = speculation or NoSpeculation()
         self._last_settled = 0.0
+        self._pace = Pace()
         self._ended: list[SequenceOutput] = []  # ended outside a step: aborted or refused
 
     # --- requests ----------------------------------------------------------------------------------------------------
@@ -126,37 +129,50 @@ class Engine:
         if drafted is None:
             return None
         plan = self.scheduler.schedule()
-        return InFlight(self.runner.launch(plan), started, drafted) if plan else None
+        return InFlight(self.runner.launch(plan), started, drafted, time.perf_counter()) if plan else None
+
+    def patience(self, step: InFlight | None) -> float:
+        """Seconds that the next launch may wait for requests while ``step`` is under way: until shortly before the
+        device would run dry. There are none to spare when requests wait already."""
+        if step is None or self.scheduler.waiting:
+            return 0.0
+        return self._pace.spare(step.started, step.launched_at, time.perf_counter())
 
     def settle(self, step: InFlight | None) -> StepOutputs:
         """Take in a launched step's results; with None, only what ended outside a step."""
         sequences, self._ended = self._ended, []
         if step is None:
             return StepOutputs(sequences, self._stats(StepStats()))
+        plan, was_done = step.launched.plan, step.launched.is_done()
         result = step.launched.wait()
-        plan = step.launched.plan
+        ready = time.perf_counter()
         items = self.scheduler.settle(plan, result.token_ids)
+        num_output_tokens = 0
         for item in items:
-            request = item.row.request
+            request, token_ids = item.row.request, item.token_ids
+            num_output_tokens += len(token_ids)
             if request.prompt_logprobs is not None:
                 self._collect_prompt_logprobs(item, result.prompt_logprobs.get(item.index))
             if item.finish_reason is not None:
                 self._speculation.release(request)
-            if item.token_ids:
-                sequences.append(self._report(item, result.logprobs[item.index]))
+            if token_ids:
+                sequences.append(self._output(request, token_ids, item.finish_reason, result.logprobs[item.index]))
         now = time.perf_counter()
         stats = StepStats(
             num_prompt_tokens=sum(
-                min(row.end, row.request.num_prompt) - row.start
-                for row in plan.rows
-                if row.start < row.request.num_prompt
+                [
+                    min(row.end, row.request.num_prompt) - row.start
+                    for row in plan.rows
+                    if row.start < row.request.num_prompt
+                ]
             ),
-            num_output_tokens=sum(len(item.token_ids) for item in items),
+            num_output_tokens=num_output_tokens,
             num_preemptions=plan.num_preempted,
             num_prefix_queries=plan.num_prefix_queries,
             num_prefix_hits=plan.num_prefix_hits,
             step_seconds=now - step.started,
         )
+        self._pace.finished(step.launched_at, ready, was_done=was_done, has_prompts=stats.num_prompt_tokens > 0)
         # with steps in flight at the same time, each counts from the end of the one before
         self._speculation.settled(step.drafted, plan, items, stats, now - max(step.started, self._last_settled))
         self._last_settled = now
@@ -168,30 +184,33 @@ class Engine:
 
     # --- reporting ---------------------------------------------------------------------------------------------------
 
-    def _report(self, item: SettledRow, logprobs: Sequence[TokenLogprobs] | None) -> SequenceOutput:
-        request = item.row.request
-        output = self._output(request, item.token_ids, item.finish_reason)
-        if logprobs is not None:
-            output.logprobs = list(logprobs[: len(item.token_ids)])
-        if request.prompt_logprobs is not None:
-            output.prompt_logprobs, request.prompt_logprobs = request.prompt_logprobs, None
-        return output
-
-    def _output(self, request: Request, token_ids: list[int], reason: FinishReason | None) -> SequenceOutput:
+    def _output(
+        self,
+        request: Request,
+        token_ids: list[int],
+        reason: FinishReason | None,
+        logprobs: Sequence[TokenLogprobs] | None = None,
+    ) -> SequenceOutput:
         output = SequenceOutput(request.request_id, request.index, token_ids)
         if request.index == 0:
             output.num_cached_tokens = request.num_cached
+        if logprobs is not None:
+            output.logprobs = list(logprobs[: len(token_ids)])
+        first = bool(token_ids) and len(request.tokens) == request.num_prompt + len(token_ids)
+        if reason is None and not first:
+            return output  # most rows of most steps bring tokens and nothing else
+        if first:
+            output.prompt_logprobs, request.prompt_logprobs = request.prompt_logprobs, None
         if reason is not None:
             output.finish_reason = reason
             output.stop_token_id = request.stop_token_id
-        if reason is not None or (token_ids and len(request.tokens) == request.num_prompt + len(token_ids)):
-            output.timing = Timing(
-                request.arrival,
-                request.scheduled_at,
-                request.first_token_at,
-                time.monotonic() if reason is not None else 0.0,
-                request.num_preemptions,
-            )
+        output.timing = Timing(
+            request.arrival,
+            request.scheduled_at,
+            request.first_token_at,
+            time.monotonic() if reason is not None else 0.0,
+            request.num_preemptions,
+        )
         return output
 
     def _collect_prompt_logprobs(self, item: SettledRow, found: Sequence[TokenLogprobs] | None) -> None:

@@ -57,14 +57,15 @@ class StepShape(NamedTuple):
 
 
 class StepInputs(NamedTuple):
-    """A captured step's numbers, as arrays on the host or as tensors at fixed addresses. int64, and float64 where
-    noted: exact for float32."""
+    """A captured step's numbers, as arrays on the host or as tensors at fixed addresses. int64 where nothing else is
+    noted; float64 is exact for float32."""
 
     token_slots: Any  # [num_tokens]
     positions: Any  # [num_tokens]
+    cache_slots: Any  # [num_tokens]: where keys and values go
     slots: Any  # [num_rows]
-    seq_lens: Any  # [num_rows]
-    query_start: Any  # [num_rows + 1]
+    seq_lens: Any  # [num_rows] int32
+    query_start: Any  # [num_rows + 1] int32
     logit_rows: Any  # [num_logits]: the token whose hidden state decides
     target_slots: Any  # [num_logits]: where the decided token is stored
     target_positions: Any  # [num_logits]
@@ -77,24 +78,32 @@ class StepInputs(NamedTuple):
     min_p: Any  # [num_logits] float64
 
     @staticmethod
-    def lengths(shape: StepShape) -> list[int]:
+    def fields(shape: StepShape) -> list[tuple[str, int]]:
+        """Dtype and length of each."""
         rows, tokens, logits = shape.num_rows, shape.num_tokens, shape.num_logits
         draws = logits if shape.choice in (Choice.DRAWN, Choice.FILTERED) else 0
-        return [tokens, tokens, rows, rows, rows + 1, *[logits] * 4, *[draws] * 5]
+        whole = [("int64", length) for length in (tokens, tokens, tokens, rows)]
+        whole += [("int32", rows), ("int32", rows + 1), *[("int64", logits)] * 4]
+        return [*whole, ("int64", draws), *[("float64", draws)] * 4]
 
     @classmethod
     def views(cls, shape: StepShape, flat: np.ndarray | Tensor) -> StepInputs:
         """Pieces of one array or tensor [:meth:`size`] int64."""
-        lengths = cls.lengths(shape)
-        if isinstance(flat, Tensor):
-            tensors = torch.split(flat, lengths)
-            return cls(*tensors[:-4], *(tensor.view(torch.float64) for tensor in tensors[-4:]))
-        arrays = np.split(flat, np.cumsum(lengths)[:-1])
-        return cls(*arrays[:-4], *(array.view(np.float64) for array in arrays[-4:]))
+        module, start, pieces = torch if isinstance(flat, Tensor) else np, 0, []
+        for dtype, length in cls.fields(shape):
+            stop = start + cls._num_words(dtype, length)
+            pieces.append(flat[start:stop].view(getattr(module, dtype))[:length])
+            start = stop
+        return cls(*pieces)
 
     @classmethod
     def size(cls, shape: StepShape) -> int:
-        return sum(cls.lengths(shape))
+        return sum(cls._num_words(*field) for field in cls.fields(shape))
+
+    @staticmethod
+    def _num_words(dtype: str, length: int) -> int:
+        """Of 64 bits."""
+        return -(-length // 2) if dtype == "int32" else length
 
 
 StepFunction = Callable[[StepInputs, StepShape], Tensor]
@@ -172,9 +181,18 @@ class StepShapes:
 class StepGraphs:
     """Captured steps. Padding reads and writes ``spare_slot``, which no request ever gets."""
 
-    def __init__(self, step: StepFunction, shapes: StepShapes, spare_slot: int, device: torch.device) -> None:
+    def __init__(
+        self,
+        step: StepFunction,
+        shapes: StepShapes,
+        cache_slots: Callable[[np.ndarray, np.ndarray], np.ndarray],
+        spare_slot: int,
+        device: torch.device,
+    ) -> None:
+        """``cache_slots`` says where the keys and values of tokens go, from their slots and their positions."""
         self._step = step
         self._shapes = shapes
+        self._cache_slots = cache_slots
         self._spare_slot = spare_slot
         self._device = device
         self._captured: dict[StepShape, _Captured] = {}
@@ -217,7 +235,7 @@ class StepGraphs:
         ``rows.sampled``. ``draws`` are for those; None: nothing is drawn.
         """
         captured = self._captured[shape]
-        packed = np.empty(StepInputs.size(shape), np.int64)
+        packed = np.empty(len(captured.flat), np.int64)
         where = self._fill(StepInputs.views(shape, packed), shape, rows, draws)
         host = torch.from_numpy(packed)
         captured.flat.copy_(host.pin_memory() if self._device.type == "cuda" else host, non_blocking=True)
@@ -239,6 +257,7 @@ class StepGraphs:
         host.positions.fill(0)
         host.token_slots[token_places] = rows.token_slots
         host.positions[token_places] = rows.positions
+        host.cache_slots[:] = self._cache_slots(host.token_slots, host.positions)
         host.slots.fill(self._spare_slot)
         host.slots[row_places] = rows.slots
         host.seq_lens[: shape.num_decodes] = 1

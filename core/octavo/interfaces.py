@@ -299,10 +299,6 @@ class KernelCompiler(Protocol):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None: ...
 
-    def all_cached(self) -> bool:
-        """Whether nothing noted so far had to be compiled. Waits until that is certain: one compilation settles it."""
-        ...
-
 
 # --- attention -------------------------------------------------------------------------------------------------------
 

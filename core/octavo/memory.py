@@ -42,8 +42,8 @@ def decode_step(max_num_seqs: int, block_size: int) -> StepPlan:
 
 
 def sampling_step(max_num_seqs: int, block_size: int) -> StepPlan:
-    """A step of one token for all rows, drawn with filters."""
-    return _step(SamplingParams(temperature=1.0, top_p=0.9), max_num_seqs, 1, block_size)
+    """A step of one token for all rows, drawn with filters, with log-probabilities."""
+    return _step(SamplingParams(temperature=1.0, top_p=0.9, logprobs=MAX_LOGPROBS), max_num_seqs, 1, block_size)
 
 
 def usual_steps(

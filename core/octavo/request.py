@@ -269,11 +269,12 @@ class Request:
 
     def append(self, token: int) -> FinishReason | None:
         """Add a sampled token; returns the reason when it is the last one."""
-        self.tokens.append(token)
+        tokens = self.tokens
+        tokens.append(token)
         if token in self.stop_token_ids and self.num_output >= self.params.min_tokens:
             self.stop_token_id = token
             return FinishReason.STOP
-        if len(self.tokens) >= self.max_total_tokens:
+        if len(tokens) >= self.max_total_tokens:
             return FinishReason.LENGTH
         return None
 

@@ -56,20 +56,34 @@ class StepResult:
 class DeviceTable:
     """A matrix of int64 or int32 on the device that the host writes to, a piece of a row at a time.
 
-    On a CPU both sides share the memory. Elsewhere pieces are staged and travel together in ``flush``.
+    On a CPU both sides share the memory. Elsewhere pieces are staged and travel together in ``flush``; with
+    ``readable`` the host has them as well.
     """
 
-    def __init__(self, num_rows: int, num_columns: int, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self, num_rows: int, num_columns: int, dtype: torch.dtype, device: torch.device, *, readable: bool = False
+    ) -> None:
         self.tensor = torch.zeros(num_rows, num_columns, dtype=dtype, device=device)
-        self._host = self.tensor.numpy() if device.type == "cpu" else None
+        self._shared = device.type == "cpu"
+        self._host: np.ndarray | None = None
+        if self._shared:
+            self._host = self.tensor.numpy()
+        elif readable:
+            self._host = torch.zeros_like(self.tensor, device="cpu").numpy()
         self._staged: list[tuple[int, int, Sequence[int]]] = []
 
     def write(self, row: int, start: int, values: Sequence[int]) -> None:
         """Put ``values`` at ``[row, start:]``; visible on the device after ``flush``."""
         if self._host is not None:
             self._host[row, start : start + len(values)] = values
-        elif len(values):
+        if len(values) and not self._shared:
             self._staged.append((row, start, values))
+
+    def read(self, rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
+        """What the host wrote last at these places. Only of a readable table."""
+        assert self._host is not None
+        found: np.ndarray = self._host[rows, columns]
+        return found
 
     def shifted(self, num_columns: int) -> DeviceTable:
         """The same memory without the first columns, to be read and written on the device only."""
@@ -96,22 +110,30 @@ class LaunchedStep:
 
     plan: StepPlan
     tokens: Tensor  # [num_sampled] int64, REJECTED where a draft before it was wrong; pinned on a GPU
-    sampled: Sequence[int]  # index into the plan's rows of each sampled token
+    sampled: list[int]  # index into the plan's rows of each sampled token
     logprobs: LogprobTensors | None  # for the entries of sampled that are listed in logprob_entries
     logprob_entries: Sequence[int]
     prompt_logprobs: dict[int, tuple[Tensor, LogprobTensors]]
     ready: torch.cuda.Event | None
+
+    def is_done(self) -> bool:
+        """Whether the results are on the host."""
+        return self.ready is None or bool(self.ready.query())  # type: ignore[no-untyped-call]
 
     def wait(self) -> StepResult:
         """The results; waits for the device if need be."""
         if self.ready is not None:
             self.ready.synchronize()
         rows = self.plan.rows
-        token_ids: list[list[int]] = [[] for _ in rows]
         logprobs: list[list[TokenLogprobs] | None] = [None] * len(rows)
-        for row, token in zip(self.sampled, self.tokens.tolist(), strict=True):
-            if token != REJECTED:
-                token_ids[row].append(token)
+        tokens = self.tokens.tolist()
+        if self.sampled == list(range(len(rows))):  # one token each, and a row's first is never rejected
+            token_ids = [[token] for token in tokens]
+        else:
+            token_ids = [[] for _ in rows]
+            for row, token in zip(self.sampled, tokens, strict=True):
+                if token != REJECTED:
+                    token_ids[row].append(token)
         if self.logprobs is not None:
             chosen = self.tokens[torch.as_tensor(self.logprob_entries)]
             counts = [rows[self.sampled[entry]].request.params.logprobs or 0 for entry in self.logprob_entries]
@@ -177,7 +199,8 @@ class Runner:
         if beside is None:
             # one column more than a sequence can have tokens: the last sampled token of a full one lands there
             self._tokens = DeviceTable(max_num_seqs + spare, max_model_len + 1, torch.int64, device)
-            self._blocks = DeviceTable(max_num_seqs + spare, -(-max_model_len // block_size) + 1, torch.int32, device)
+            max_num_blocks = -(-max_model_len // block_size) + 1
+            self._blocks = DeviceTable(max_num_seqs + spare, max_num_blocks, torch.int32, device, readable=True)
         else:
             self._tokens, self._blocks = beside._tokens.shifted(shift), beside._blocks
         self._sampling = SamplingTable(max_num_seqs, vocab_size)
@@ -192,7 +215,8 @@ class Runner:
         if use_graphs:
             self._blocks.write(max_num_seqs, 0, [num_blocks])
             self._blocks.flush()
-            graphs = StepGraphs(self._step, StepShapes(max_num_seqs, 1 + num_drafts), max_num_seqs, device)
+            shapes = StepShapes(max_num_seqs, 1 + num_drafts)
+            graphs = StepGraphs(self._step, shapes, self._cache_slots, max_num_seqs, device)
             self.graphs = graphs if graphs.capture_usual() else None
 
     # --- the step ----------------------------------------------------------------------------------------------------
@@ -327,15 +351,14 @@ class Runner:
 
         Lengths are bounded by what the engine serves, not by this step's.
         """
-        positions, token_slots = inputs.positions, inputs.token_slots
-        block = self._blocks.tensor[token_slots, torch.div(positions, self.block_size, rounding_mode="floor")]
+        positions = inputs.positions
         batch = ForwardBatch(
-            tokens=self._tokens.tensor[token_slots, positions],
+            tokens=self._tokens.tensor[inputs.token_slots, positions],
             positions=positions,
-            query_start=inputs.query_start.to(torch.int32),
-            seq_lens=inputs.seq_lens.to(torch.int32),
+            query_start=inputs.query_start,
+            seq_lens=inputs.seq_lens,
             block_tables=self._blocks.tensor[inputs.slots],
-            slots=block.long() * self.block_size + positions % self.block_size,
+            slots=inputs.cache_slots,
             logit_rows=inputs.logit_rows,
             max_query_len=shape.max_query_len,
             max_seq_len=self._max_model_len,
@@ -363,27 +386,40 @@ class Runner:
         self._tokens.tensor[inputs.target_slots, inputs.target_positions] = tokens
         return tokens if before is None else accept(tokens, before, inputs.first)
 
+    def _cache_slots(self, token_slots: np.ndarray, positions: np.ndarray) -> np.ndarray:
+        """Where the keys and values of the tokens at ``positions`` go, int64."""
+        blocks = self._blocks.read(token_slots, positions // self.block_size).astype(np.int64)
+        found: np.ndarray = blocks * self.block_size + positions % self.block_size
+        return found
+
     def _batch(self, rows: RowArrays) -> ForwardBatch:
-        """The step as tensors: one transfer, the rest computed where the slots lie."""
+        """The step as tensors: one transfer, the rest read where the slots lie."""
         num_rows, num_tokens = len(rows.slots), len(rows.positions)
+        cache_slots = self._cache_slots(rows.token_slots, rows.positions)
         packed = _to_device(
             np.concatenate(
-                [rows.slots, rows.query_start, rows.ends, rows.token_slots, rows.positions, rows.logit_tokens]
+                [
+                    rows.slots,
+                    rows.query_start,
+                    rows.ends,
+                    rows.token_slots,
+                    rows.positions,
+                    cache_slots,
+                    rows.logit_tokens,
+                ]
             ),
             self.placement.device,
         )
-        sizes = [num_rows, num_rows + 1, num_rows, num_tokens, num_tokens, len(rows.logit_tokens)]
-        slots, query_start, seq_lens, token_slots, positions, logit_rows = torch.split(packed, sizes)
+        sizes = [num_rows, num_rows + 1, num_rows, num_tokens, num_tokens, num_tokens, len(rows.logit_tokens)]
+        slots, query_start, seq_lens, token_slots, positions, places, logit_rows = torch.split(packed, sizes)
         max_seq_len = int(rows.ends.max())
-        tables = self._blocks.tensor
-        block = tables[token_slots, torch.div(positions, self.block_size, rounding_mode="floor")]
         return ForwardBatch(
             tokens=self._tokens.tensor[token_slots, positions],
             positions=positions,
             query_start=query_start.to(torch.int32),
             seq_lens=seq_lens.to(torch.int32),
-            block_tables=tables[slots, : max_seq_len // self.block_size + 1],  # the next token's place is among them
-            slots=block.long() * self.block_size + positions % self.block_size,
+            block_tables=self._blocks.tensor[slots, : max_seq_len // self.block_size + 1],  # the next token's is there
+            slots=places,
             logit_rows=logit_rows,
             max_query_len=int(rows.query_lens.max()),
             max_seq_len=max_seq_len,

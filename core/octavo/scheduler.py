@@ -106,7 +106,7 @@ class Scheduler:
         ignores its tokens; a preempted one keeps them, since they are what it would have sampled.
         """
         return [
-            SettledRow(row, *self._settle(row, tokens), index)
+            self._settle(row, tokens, index)
             for index, (row, tokens) in enumerate(zip(plan.rows, sampled, strict=True))
             if row.request.state is not RequestState.FINISHED
         ]
@@ -267,11 +267,10 @@ class Scheduler:
 
     # --- settling ----------------------------------------------------------------------------------------------------
 
-    def _settle(self, row: PlannedRow, tokens: list[int]) -> tuple[list[int], FinishReason | None]:
-        """The tokens that count, and the reason if the request has ended."""
+    def _settle(self, row: PlannedRow, tokens: list[int], index: int) -> SettledRow:
         request = row.request
         current = row.epoch == request.num_preemptions  # not preempted since the step was launched
-        num_computed = row.end
+        num_computed = row.start + row.num_tokens
         request.num_pending -= row.samples
         if row.drafts:
             num_computed += len(tokens) - 1 - len(row.drafts)
@@ -293,7 +292,7 @@ class Scheduler:
             request.first_token_at = time.monotonic()
         if reason is not None:
             self.finish(request, reason)
-        return tokens, reason
+        return SettledRow(row, tokens, reason, index)
 
     # --- moving requests ---------------------------------------------------------------------------------------------
 

@@ -544,7 +544,10 @@ def make_compilers(host: PluginHost, device: torch.device, num_workers: int | No
 
 
 def compile_kernels(compilers: Sequence[KernelCompiler], target: _LoadedModel, max_num_batched_tokens: int) -> None:
-    """Have everything compiled at once that the usual steps launch; ends early if the first step lacks nothing."""
+    """Have everything compiled at once that the usual steps launch.
+
+    What some step lacks does not follow from what another one does: a cache may hold a part of the kernels.
+    """
     config = target.config
     assert config.max_model_len is not None
     started = time.perf_counter()
@@ -557,10 +560,8 @@ def compile_kernels(compilers: Sequence[KernelCompiler], target: _LoadedModel, m
         steps = usual_steps(*limits, num_blocks)
         steps += [decode_step(rows, config.block_size) for rows in (32, 64) if rows < config.max_num_seqs]
         steps.append(sampling_step(config.max_num_seqs, config.block_size))
-        for i, step in enumerate(steps):
+        for step in steps:
             runner.launch(step)
-            if i == 0 and all(compiler.all_cached() for compiler in compilers):
-                break
     num_compiled = sum(compiler.num_compiled for compiler in compilers)
     if num_compiled:
         logger.info("compiled %d kernels in %.1f s", num_compiled, time.perf_counter() - started)

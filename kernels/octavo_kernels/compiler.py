@@ -7,7 +7,7 @@ declines the launch. Threads are enough: most of a compilation is LLVM and ``ptx
 from __future__ import annotations
 
 import json
-from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from threading import Thread
 from types import TracebackType
@@ -53,14 +53,6 @@ class TritonCompiler:
         for job in self._jobs.values():
             job.result()  # raises what compilation raised
         self._jobs.clear()
-
-    def all_cached(self) -> bool:
-        """Whether everything asked for so far lay in the cache already; says no as soon as one kernel is compiled."""
-        for job in as_completed(self._jobs.values()):
-            job.result()
-            if self.num_compiled:
-                return False
-        return True
 
     def _note(self, *, key: str, fn: Any, compile: dict[str, Any], **_: object) -> bool:
         """Triton's ``jit_cache_hook``: True keeps it from compiling, and so from launching."""

@@ -15,13 +15,13 @@ import triton.language as tl
 from torch import Tensor
 
 from octavo_kernels.fp8_tokens import RoundedTokens, TokenRounding, round_tokens
-from octavo_kernels.hopper_stream import STEP, TILE, StreamedWeight, StreamTiling, stream
+from octavo_kernels.hopper_stream import STEP, TILE, StreamedWeight, StreamTiling, int4_factor, stream
 from octavo_kernels.launch import describe, missing_device
 
 
 @triton.jit
 def _dequantize_int4(
-    out_ptr, words_ptr, params_ptr, num_rows, K: tl.constexpr, GROUP: tl.constexpr, OFFSET: tl.constexpr
+    out_ptr, words_ptr, params_ptr, num_rows, K: tl.constexpr, GROUP: tl.constexpr, FACTOR: tl.constexpr
 ):
     """Program (128 outputs, 128 inputs) -> weights [num_rows, K]."""
     tile = tl.program_id(0)
@@ -39,12 +39,18 @@ def _dequantize_int4(
             for row_half in tl.static_range(2):
                 param = tl.load(params + row_half * 64 + rows * 32)
                 scale = param.to(tl.int16).to(dtype, bitcast=True).to(tl.float32)[:, None, None]
-                zero = (param >> 16).to(tl.int16).to(dtype, bitcast=True).to(tl.float32)[:, None, None] - OFFSET
+                added = (param >> 16).to(tl.int16).to(dtype, bitcast=True).to(tl.float32)[:, None, None]
+                if dtype == tl.bfloat16:
+                    scale *= 2.0**-133 * FACTOR * 16**row_half
+                    added *= FACTOR
+                else:
+                    added = (1024 - added) * scale
                 first = word >> (4 * row_half)
-                even = tl.join((first & 15).to(tl.float32) - zero, (first >> 16 & 15).to(tl.float32) - zero)
-                odd = tl.join((first >> 8 & 15).to(tl.float32) - zero, (first >> 24 & 15).to(tl.float32) - zero)
+                even = tl.join((first & 15).to(tl.float32), (first >> 16 & 15).to(tl.float32))
+                odd = tl.join((first >> 8 & 15).to(tl.float32), (first >> 24 & 15).to(tl.float32))
+                weight = tl.join(even, odd) * scale[:, :, :, None, None] + added[:, :, :, None, None]
                 # [row, t, 16 inputs, of the pair, input half]
-                weight = tl.permute(tl.join(even, odd) * scale[:, :, :, None, None], (0, 2, 4, 1, 3)).reshape(32, 64)
+                weight = tl.permute(weight, (0, 2, 4, 1, 3)).reshape(32, 64)
                 n = tile * 128 + rows * 64 + 2 * row + row_half
                 place = n[:, None].to(tl.int64) * K + k[None, :]
                 tl.store(out_ptr + place, weight.to(dtype), mask=(n < num_rows)[:, None])
@@ -85,11 +91,22 @@ def pack_fragments(values: Tensor) -> Tensor:
 
 
 def pack_parameters(scales: Tensor, zeros: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """scales [groups, out_features], zeros the same or None (8) -> int32 [ceil(out / 128), groups, 2, 2, 32]: scale
-    below zero point, both in ``dtype``, the zero point with the offset that the weights have."""
-    offset = _offset(dtype)
+    """scales [groups, out_features], zeros the same or None (8) -> int32 [ceil(out / 128), groups, 2, 2, 32]: two
+    values in ``dtype`` that make weights of an output's nibbles.
+
+    float16: the scale, and above it the zero point with the offset that nibbles have below an exponent.
+    bfloat16: the scale as it meets nibbles without an exponent, at bit 4 in odd outputs, and above it what is added
+    then, -zero · scale; both for weights that are smaller by ``int4_factor``. What is added is rounded, as the weights
+    are, and exact for a zero point of 8.
+    """
     low = scales.to(dtype)
-    high = torch.full_like(low, offset + 8) if zeros is None else (zeros.to(torch.int32) + offset).to(dtype)
+    zeros = torch.full_like(low, 8) if zeros is None else zeros
+    if dtype == torch.bfloat16:
+        high = (low.float() * zeros.float() / -int4_factor(dtype)).to(dtype)
+        nibble = torch.tensor([2.0**133, 2.0**129], dtype=torch.float64, device=low.device) / int4_factor(dtype)
+        low = (low.double() * nibble.repeat(-(-low.shape[1] // 2))[: low.shape[1]]).to(dtype)
+    else:
+        high = (zeros.to(torch.int32) + 1024).to(dtype)
     both = torch.stack([low, high], dim=-1).contiguous().view(torch.int32).squeeze(-1)
     return _arrange_rows(both)
 
@@ -99,11 +116,6 @@ def pack_fp8_scales(scales: Tensor, in_features: int, dtype: torch.dtype) -> Ten
     ``dtype``, with what e4m3 lacks to its exponent."""
     scales = scales[:, : in_features // STEP].T * (2.0**120 if dtype == torch.bfloat16 else 2.0**8)
     return _arrange_rows(scales.to(dtype).unsqueeze(-1).repeat(1, 1, 2).view(torch.int32).squeeze(-1))
-
-
-def _offset(dtype: torch.dtype) -> int:
-    """The power of two whose last bits of mantissa count ones."""
-    return 128 if dtype == torch.bfloat16 else 1024
 
 
 def _arrange_rows(params: Tensor) -> Tensor:
@@ -121,19 +133,23 @@ def fp8_order(device: torch.device) -> Tensor:
 
 
 def int4_tiling(out_features: int, num_tokens: int, num_processors: int) -> StreamTiling:
-    """Measured on an H200. With more tokens a tile that several programs share costs more, so narrow layers get one
-    program for each processor."""
+    """Measured on an H200, between the kernels of a layer.
+
+    With more tokens a tile that several programs share costs more, so narrow layers get one program for each processor.
+    It leaves no room for a second one: the programs start while the kernel before them still runs, and would gather
+    where that has ended first.
+    """
     if num_tokens <= 8:
         return StreamTiling(8, num_stages=6, num_warps=4, resident=3, num_programs=3 * num_processors)
     if num_tokens <= 16:
         return StreamTiling(16, num_stages=6, num_warps=4, resident=2, num_programs=2 * num_processors)
     if num_tokens > 64:
         return StreamTiling(128, num_stages=5, num_warps=8, resident=1, num_programs=num_processors)
-    wide = triton.cdiv(out_features, TILE) >= num_processors
-    num_programs = (2 if wide else 1) * num_processors
-    if num_tokens <= 32:
-        return StreamTiling(32, num_stages=5, num_warps=8, resident=2, num_programs=num_programs)
-    return StreamTiling(64, num_stages=4, num_warps=8, resident=2, num_programs=num_programs)
+    block_m = 32 if num_tokens <= 32 else 64
+    if triton.cdiv(out_features, TILE) < num_processors:
+        return StreamTiling(block_m, num_stages=8, num_warps=8, resident=1, num_programs=num_processors)
+    num_stages = 6 if block_m == 32 else 4
+    return StreamTiling(block_m, num_stages, num_warps=4, resident=2, num_programs=2 * num_processors)
 
 
 def fp8_tiling(out_features: int, num_tokens: int, num_processors: int) -> StreamTiling:
@@ -142,9 +158,9 @@ def fp8_tiling(out_features: int, num_tokens: int, num_processors: int) -> Strea
         block_m = 8 if num_tokens <= 8 else 16
         return StreamTiling(block_m, num_stages=5, num_warps=8, resident=2, num_programs=2 * num_processors)
     if num_tokens <= 32:
-        wide = triton.cdiv(out_features, TILE) >= num_processors
-        num_programs = (2 if wide else 1) * num_processors
-        return StreamTiling(32, num_stages=4, num_warps=8, resident=2, num_programs=num_programs)
+        if triton.cdiv(out_features, TILE) < num_processors:
+            return StreamTiling(32, num_stages=5, num_warps=8, resident=1, num_programs=num_processors)
+        return StreamTiling(32, num_stages=4, num_warps=8, resident=2, num_programs=2 * num_processors)
     if num_tokens <= 64:
         return StreamTiling(64, num_stages=6, num_warps=8, resident=1, num_programs=num_processors)
     return StreamTiling(128, num_stages=4, num_warps=8, resident=1, num_programs=num_processors)
@@ -203,7 +219,7 @@ class HopperPacked:
             weight.out_features,
             K=weight.in_features,
             GROUP=weight.group_size,
-            OFFSET=_offset(dtype),
+            FACTOR=int4_factor(dtype),
             num_warps=4,
         )
         return out
@@ -218,10 +234,11 @@ class HopperFp8:
     Streaming leaves the activations as they are, which is more exact than what the checkpoint allows.
     """
 
-    MAX_UNROUNDED = 64
+    MAX_UNROUNDED = 32
     """Tokens; beyond, rounding them for cuBLAS gains, where it multiplies such weights."""
 
     MAX_STREAMED = 256
+    """Tokens, where it does not; beyond, writing the weights out gains."""
 
     def __init__(self, need: Any, weight: Any, bias: Tensor | None) -> None:
         out_features, in_features = weight.values.shape

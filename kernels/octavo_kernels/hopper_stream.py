@@ -3,10 +3,11 @@
 Weights are the left operand of ``wgmma``, which takes it from registers: a thread reads words that hold its own
 fragments, widens them there, and they never pass through shared memory again. The tokens are the narrow side and are
 hardly padded. The work, steps of 128 inputs of all tiles of 128 outputs, is cut into equal runs, one a program, so that
-no processor idles (stream-K, arXiv 2301.03598); a tile that several share is added up in order, so that results repeat
-bit by bit.
+no processor idles (stream-K, arXiv 2301.03598); a tile that several share is added up in order by the one that has its
+first step, so that results repeat bit by bit.
 
-Each half of a step is widened while the matrix unit works on the half before it. Words, parameters and tokens are on
+Each half of a step is widened while the matrix unit works on the half before it, and nothing waits for a product until
+the next one is on its way. Words, parameters and tokens are on
 their way several steps ahead; weights, which no predecessor writes, before it has even ended.
 """
 
@@ -65,19 +66,42 @@ def _fragment_layout(NUM_WARPS):
 
 
 @gluon.constexpr_function
-def _int4_assembly(shift, dtype):
-    kind, exponents = ("bf16x2", "0x43004300") if dtype == gl.bfloat16 else ("f16x2", "0x64006400")
+def _output_layout(BLOCK_M, NUM_WARPS):
+    """Sums [128, BLOCK_M] as ``wgmma`` leaves them, where rows g and g + 8 of a fragment have become 2 g and 2 g + 1:
+    pairs of rows first, so that they are stored at once."""
+    columns = [[0, b] for b in (1, 8, 16, 32, 64, 128) if b < BLOCK_M]
+    apart = [[16 * w, 0] for w in (1, 2, 4) if w < NUM_WARPS]
+    together = [[64, 0]] if NUM_WARPS == 4 else []
+    lanes = [[0, 2], [0, 4], [2, 0], [4, 0], [8, 0]]
+    return gl.DistributedLinearLayout([[1, 0], *columns, *together], lanes, apart, [], [128, BLOCK_M])
+
+
+@gluon.constexpr_function
+def int4_factor(dtype):
+    """What sums with 4-bit weights are multiplied by in the end: in bfloat16 the weights are that much smaller, as the
+    scale which makes numbers of its smallest exponent as large as they are would not be finite."""
+    return 2.0**23 if dtype in (gl.bfloat16, torch.bfloat16) else 1.0
+
+
+@gluon.constexpr_function
+def _int4_assembly(nibble, dtype):
+    if dtype == gl.bfloat16:
+        # below an exponent of 0 or 1 the eight last bits of bfloat16 count 2 ** -133: two neighbouring nibbles fit
+        mask = "0x00F000F0" if nibble % 2 else "0x000F000F"
+        return f"{{ .reg .b32 t; and.b32 t, $1, {mask}; fma.rn.bf16x2 $0, t, $2, $3; }}"
+    shift = 4 * (nibble % 2)
     return (
-        f"{{ .reg .b32 t; shr.u32 t, $1, {shift}; lop3.b32 t, t, 0x000F000F, {exponents}, 0xEA; "
-        f"sub.{kind} t, t, $2; mul.{kind} $0, t, $3; }}"
+        f"{{ .reg .b32 t; shr.u32 t, $1, {shift}; lop3.b32 t, t, 0x000F000F, 0x64006400, 0xEA; "
+        "sub.f16x2 t, t, $3; mul.f16x2 $0, t, $2; }"
     )
 
 
 @gluon.jit
-def _int4_pair(word, zero, scale, SHIFT: gl.constexpr, dtype: gl.constexpr):
-    """Two weights of each word as 16-bit floats: a nibble below an exponent, less the zero point, times the scale."""
-    assembly: gl.constexpr = _int4_assembly(SHIFT, dtype)
-    return gl.inline_asm_elementwise(assembly, "=r,r,r,r", [word, zero, scale], dtype=gl.int32, is_pure=True, pack=1)
+def _int4_pair(word, scale, zero, NIBBLE: gl.constexpr, dtype: gl.constexpr):
+    """Two weights of each word, whose nibbles 0 and 1 of each half are meant, as 16-bit floats: times the scale and
+    zero added (bfloat16), or the zero point taken off below an exponent and times the scale (float16)."""
+    assembly: gl.constexpr = _int4_assembly(NIBBLE, dtype)
+    return gl.inline_asm_elementwise(assembly, "=r,r,r,r", [word, scale, zero], dtype=gl.int32, is_pure=True, pack=1)
 
 
 @gluon.constexpr_function
@@ -131,11 +155,11 @@ def _int4_pairs(words, params, HALF: gl.constexpr, HALF_PARAMS: gl.constexpr, dt
     upper = _parameter(params.slice(FIRST, 2, 0), layout)
     lower = _parameter(params.slice(FIRST + 2, 2, 0), layout)
     scale, zero = _low_twice(upper), _high_twice(upper)
-    upper_low = _int4_pair(word, zero, scale, 0, dtype)
-    upper_high = _int4_pair(word, zero, scale, 8, dtype)
+    upper_low = _int4_pair(word, scale, zero, 0, dtype)
+    upper_high = _int4_pair(word >> 8, scale, zero, 0, dtype)
     scale, zero = _low_twice(lower), _high_twice(lower)
-    lower_low = _int4_pair(word, zero, scale, 4, dtype)
-    lower_high = _int4_pair(word, zero, scale, 12, dtype)
+    lower_low = _int4_pair(word, scale, zero, 1, dtype)
+    lower_high = _int4_pair(word >> 8, scale, zero, 1, dtype)
     return upper_low, upper_high, lower_low, lower_high
 
 
@@ -297,7 +321,8 @@ def _stream(
         gl.int32, [STAGES, 4 * HALF_PARAMS, 4, 8], gl.SwizzledSharedLayout(1, 1, 1, [2, 1, 0])
     )
     inputs = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_M, 128], gl.NVMMASharedLayout(128, 16, 2))
-    program, num_programs = gl.program_id(0), gl.num_programs(0)
+    num_programs = gl.num_programs(0)
+    program = num_programs - 1 - gl.program_id(0)  # runs in reverse: what one waits for has started before it
     total = num_tiles * STEPS
     begin = first_unit(program, num_programs, total)
     end = first_unit(program + 1, num_programs, total)
@@ -332,65 +357,69 @@ def _stream(
     async_copy.wait_group(STAGES - 2)
     gl.thread_barrier()
     w00, w01, w10, w11 = _pairs(words.index(0), params.index(0), exponent, 0, FP8, GROUP, dtype)
-    acc = gl.zeros([128, BLOCK_M], gl.float32, mma)
     slot = 0
     free = STAGES - 1
-    for unit in range(begin, end):
-        fence_async_shared()
-        x = inputs.index(slot).permute([1, 0])
-        weight = _operand(w00, w01, w10, w11, dtype, operand)
-        running = warpgroup_mma(weight, x.slice(0, 64, 0), acc, is_async=True)
-        v00, v01, v10, v11 = _pairs(words.index(slot), params.index(slot), exponent, 1, FP8, GROUP, dtype)
-        acc, weight = warpgroup_mma_wait(0, deps=[running, weight])
-        async_copy.wait_group(STAGES - 3)
-        gl.thread_barrier()  # the next step has arrived, and all have done with the one before this
-        if unit + STAGES - 1 < end:
-            _copy_weights(
-                words.index(free),
-                params.index(free),
-                words_ptr,
-                params_ptr,
-                ahead_tile,
-                ahead_step,
-                num_rows,
-                TOKEN_TILES,
-                K,
-                GROUP,
-                HALF_PARAMS,
-                FP8,
-            )
-            _copy_inputs(inputs.index(free), x_ptr, ahead_tile, ahead_step, num_tokens, TOKEN_TILES, K, BLOCK_M)
-        async_copy.commit_group()
-        gl.thread_barrier()  # one that the compiler wants, where nothing waits for it
-        weight = _operand(v00, v01, v10, v11, dtype, operand)
-        running = warpgroup_mma(weight, x.slice(64, 64, 0), acc, is_async=True)
-        free = slot
-        slot = gl.where(slot == STAGES - 1, 0, slot + 1)
-        ahead_tile, ahead_step = _following(ahead_tile, ahead_step, STEPS)
-        w00, w01, w10, w11 = _pairs(words.index(slot), params.index(slot), exponent, 0, FP8, GROUP, dtype)
-        acc, weight = warpgroup_mma_wait(0, deps=[running, weight])
-        if (step == STEPS - 1) | (unit + 1 == end):
-            _finish(
-                acc,
-                tile,
-                program,
-                num_programs,
-                total,
-                out_ptr,
-                partial_ptr,
-                arrivals_ptr,
-                scale_ptr,
-                bias_ptr,
-                num_tokens,
-                num_rows,
-                TOKEN_TILES,
-                STEPS,
-                BLOCK_M,
-                FP8 and GROUP == 0,
-                BIAS,
-            )
-            acc = gl.zeros([128, BLOCK_M], gl.float32, mma)
-        tile, step = _following(tile, step, STEPS)
+    unit = begin
+    while unit < end:
+        tile = unit // STEPS
+        last = gl.minimum(tile * STEPS + STEPS, end)
+        acc = gl.zeros([128, BLOCK_M], gl.float32, mma)
+        held = _operand(w00, w01, w10, w11, dtype, operand)
+        for ahead in range(unit + STAGES - 1, last + STAGES - 1):
+            fence_async_shared()
+            x = inputs.index(slot).permute([1, 0])
+            weight = _operand(w00, w01, w10, w11, dtype, operand)
+            running = warpgroup_mma(weight, x.slice(0, 64, 0), acc, is_async=True)
+            acc, held = warpgroup_mma_wait(1, deps=[running, held])  # the product before this one has ended
+            async_copy.wait_group(STAGES - 3)
+            gl.thread_barrier()  # the next step has arrived, and all have done with the one before this
+            if ahead < end:
+                _copy_weights(
+                    words.index(free),
+                    params.index(free),
+                    words_ptr,
+                    params_ptr,
+                    ahead_tile,
+                    ahead_step,
+                    num_rows,
+                    TOKEN_TILES,
+                    K,
+                    GROUP,
+                    HALF_PARAMS,
+                    FP8,
+                )
+                _copy_inputs(inputs.index(free), x_ptr, ahead_tile, ahead_step, num_tokens, TOKEN_TILES, K, BLOCK_M)
+            async_copy.commit_group()
+            v00, v01, v10, v11 = _pairs(words.index(slot), params.index(slot), exponent, 1, FP8, GROUP, dtype)
+            held = _operand(v00, v01, v10, v11, dtype, operand)
+            running = warpgroup_mma(held, x.slice(64, 64, 0), acc, is_async=True)
+            acc, weight = warpgroup_mma_wait(1, deps=[running, weight])
+            free = slot
+            slot = gl.where(slot == STAGES - 1, 0, slot + 1)
+            ahead_tile, ahead_step = _following(ahead_tile, ahead_step, STEPS)
+            w00, w01, w10, w11 = _pairs(words.index(slot), params.index(slot), exponent, 0, FP8, GROUP, dtype)
+        acc, held = warpgroup_mma_wait(0, deps=[acc, held])
+        _finish(
+            acc,
+            tile,
+            program,
+            num_programs,
+            total,
+            out_ptr,
+            partial_ptr,
+            arrivals_ptr,
+            scale_ptr,
+            bias_ptr,
+            num_tokens,
+            num_rows,
+            TOKEN_TILES,
+            STEPS,
+            BLOCK_M,
+            FP8 and GROUP == 0,
+            1.0 if FP8 else int4_factor(dtype),
+            BIAS,
+        )
+        unit = last
     async_copy.wait_group(0)
 
 
@@ -412,40 +441,46 @@ def _finish(
     STEPS: gl.constexpr,
     BLOCK_M: gl.constexpr,
     SCALE: gl.constexpr,
+    FACTOR: gl.constexpr,
     BIAS: gl.constexpr,
 ):
-    """Store a tile, or this program's part of it; the last to arrive adds the parts up."""
+    """Store a tile. Of one that several programs share, leave this one's part to the program that has its first step.
+
+    That one ends with the tile and the others begin with it, so it hardly ever waits.
+    """
     layout: gl.constexpr = acc.type.layout
+    PART: gl.constexpr = 128 * BLOCK_M
     # a zero that the compiler does not know: addresses are made here, not kept in registers throughout the loop
     zero = gl.inline_asm_elementwise("mov.b32 $0, 0; // $1", "=r,r", [tile], dtype=gl.int32, is_pure=True, pack=1)
     first = program_of(tile * STEPS, num_programs, total)
     last = program_of(tile * STEPS + STEPS - 1, num_programs, total)
-    complete = True
-    if first != last:
-        AT_ONCE: gl.constexpr = max(1, min(4, 128 // BLOCK_M))  # loads in flight, within the registers at hand
-        row = zero + gl.arange(0, 128, gl.SliceLayout(1, layout))
-        column = gl.arange(0, BLOCK_M, gl.SliceLayout(0, layout))
-        within = row[:, None] * BLOCK_M + column[None, :]
-        # program + tile numbers the parts: both only ever grow from one part to the next
-        gl.store(partial_ptr + (program + tile) * (128 * BLOCK_M) + within, acc)
+    row = zero + gl.arange(0, 128, gl.SliceLayout(1, layout))
+    column = gl.arange(0, BLOCK_M, gl.SliceLayout(0, layout))
+    within = row[:, None] * BLOCK_M + column[None, :]
+    if program != first:  # it begins with this tile: one part is all that it has
+        gl.store(partial_ptr + program * PART + within, acc)
         gl.thread_barrier()
-        complete = gl.atomic_add(arrivals_ptr + tile, 1, sem="acq_rel") == last - first
-        gl.thread_barrier()
-        if complete:
-            acc = gl.zeros([128, BLOCK_M], gl.float32, layout)
-            start = partial_ptr + (first + tile) * (128 * BLOCK_M) + within
-            for part in range(0, last - first + 1, AT_ONCE):
+        gl.atomic_add(arrivals_ptr + tile, 1, sem="acq_rel")
+    else:
+        if last > first:
+            AT_ONCE: gl.constexpr = max(1, min(4, 64 // BLOCK_M))  # loads in flight, within the registers at hand
+            num_arrived = gl.atomic_add(arrivals_ptr + tile, 0, sem="acq_rel")
+            while num_arrived < last - first:
+                num_arrived = gl.atomic_add(arrivals_ptr + tile, 0, sem="acq_rel")
+            gl.thread_barrier()
+            for part in range(first + 1, last + 1, AT_ONCE):
                 for i in gl.static_range(AT_ONCE):
-                    there = gl.full([128, BLOCK_M], part + i <= last - first, gl.int1, layout)
-                    pointers = start + (part + i) * (128 * BLOCK_M)
+                    there = gl.full([128, BLOCK_M], part + i <= last, gl.int1, layout)
+                    pointers = partial_ptr + (part + i) * PART + within
                     acc += gl.load(pointers, mask=there, other=0.0, cache_modifier=".cg")
             gl.store(arrivals_ptr + tile, 0)  # ready for the next call
-    if complete:
-        # rows g and g + 8 of a fragment are outputs 2 g and 2 g + 1, so that a thread's two lie side by side
         result = acc.reshape([8, 2, 8, BLOCK_M]).permute([0, 2, 1, 3]).reshape([128, BLOCK_M])
-        linear: gl.constexpr = result.type.layout
+        linear: gl.constexpr = _output_layout(BLOCK_M, gl.num_warps())
+        result = gl.convert_layout(result, linear)
         n = tile // TOKEN_TILES * 128 + gl.arange(0, 128, gl.SliceLayout(1, linear))
         m = zero + tile % TOKEN_TILES * BLOCK_M + gl.arange(0, BLOCK_M, gl.SliceLayout(0, linear))
+        if FACTOR != 1:
+            result *= FACTOR
         if SCALE:
             result *= gl.load(scale_ptr + n, mask=n < num_rows, other=0.0)[:, None]
         if BIAS:
@@ -478,8 +513,8 @@ class StreamedWeight:
     Attributes:
         words: int32 [ceil(out / 128), in / 128, 2, 2, 512], 4-bit values; or float8_e4m3fn [out, in], of which every 64
             inputs are in the order of ``fp8_order``.
-        params: int32 [ceil(out / 128), in / group_size, 2, 2, 32]: of each output scale and zero point, or for FP8 the
-            scale twice; None: FP8 with ``scales``.
+        params: int32 [ceil(out / 128), in / group_size, 2, 2, 32]: of each output scale and zero point as
+            ``pack_parameters`` has them, or for FP8 the scale twice; None: FP8 with ``scales``.
         group_size: inputs with parameters of their own: 64 or a multiple of 128; 0: FP8 with ``scales``.
         scales: float32 [out], by which sums are multiplied, or None.
     """
@@ -514,8 +549,7 @@ def stream(x: Tensor, weight: StreamedWeight, bias: Tensor | None, arrivals: Ten
     out = torch.empty((num_tokens, weight.out_features), dtype=x.dtype, device=x.device)
     num_tiles = weight.num_tiles(num_tokens, tile.block_m)
     num_programs = min(tile.num_programs, num_tiles * (in_features // STEP))
-    # what a program adds to a tile lies at program + tile
-    partial = torch.empty((num_programs + num_tiles, TILE, tile.block_m), dtype=torch.float32, device=x.device)
+    partial = torch.empty((num_programs, TILE, tile.block_m), dtype=torch.float32, device=x.device)
     words = weight.words.view(torch.int32)
     _stream[(num_programs,)](
         out,

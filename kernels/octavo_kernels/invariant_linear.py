@@ -16,7 +16,7 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from octavo_kernels.launch import missing_device
-from octavo_kernels.linear import MAX_TOKENS, SkinnyLinear
+from octavo_kernels.linear import MAX_TOKENS, FewTokensTiling, SkinnyLinear
 
 BLOCK_M = 128
 BLOCK_N = 128
@@ -97,11 +97,16 @@ class InvariantLinear(SkinnyLinear):
             return self._apply_few(x)
         return self._apply_many(x)
 
+    def few(self, num_tokens: int) -> FewTokensTiling:
+        """The same for any number of tokens: it says in which order sums are taken."""
+        return super().few(num_tokens=1)
+
     def _apply_many(self, x: Tensor) -> Tensor:
         num_tokens = x.shape[0]
         out_features, in_features = self.weight.shape
         out = torch.empty((num_tokens, out_features), dtype=x.dtype, device=x.device)
-        steps_per_split = triton.cdiv(triton.cdiv(in_features, self.few.block_k), self.few.num_splits)
+        few = self.few(num_tokens)
+        steps_per_split = triton.cdiv(triton.cdiv(in_features, few.block_k), few.num_splits)
         _many_tokens[(triton.cdiv(num_tokens, BLOCK_M) * triton.cdiv(out_features, BLOCK_N),)](
             out,
             x,
@@ -113,10 +118,10 @@ class InvariantLinear(SkinnyLinear):
             K=in_features,
             BLOCK_M=BLOCK_M,
             BLOCK_N=BLOCK_N,
-            BLOCK_K=min(64, self.few.block_k),
+            BLOCK_K=min(64, few.block_k),
             GROUP=GROUP,
-            NUM_SPLITS=self.few.num_splits,
-            SPLIT_K=steps_per_split * self.few.block_k,
+            NUM_SPLITS=few.num_splits,
+            SPLIT_K=steps_per_split * few.block_k,
             BIAS=self.bias is not None,
             STAGES=4,
             PDL=self._device.dependent_launch,

@@ -149,21 +149,26 @@ def one_token_tiling(in_features: int) -> OneTokenTiling:
     return OneTokenTiling(block_n=2, block_k=min(2048, power_of_two(in_features)), num_warps=4)
 
 
-def few_tokens_tiling(in_features: int, out_features: int) -> FewTokensTiling:
+def few_tokens_tiling(in_features: int, out_features: int, num_tokens: int) -> FewTokensTiling:
     """Wide layers fill the device by themselves; narrow ones want more loads in flight, and long ones a split.
-    Measured on an H200."""
+
+    From 17 tokens on the tokens that every tile reads again count too: wide layers get larger tiles, and so few of them
+    on a processor that an early start cannot crowd them on some processors while others idle. Measured on an H200.
+    """
     block_k = min(128, max(16, power_of_two(in_features)))
+    many = num_tokens > 16
     if out_features >= 65536:
         return FewTokensTiling(128, min(64, block_k), num_splits=1, num_warps=4, num_stages=5)
     if out_features >= 16384:
-        return FewTokensTiling(64, block_k, num_splits=1, num_warps=4, num_stages=4)
+        return FewTokensTiling(128 if many else 64, block_k, num_splits=1, num_warps=4, num_stages=4)
     tiles = triton.cdiv(out_features, 64)
+    wanted = 96 if many else 64
     num_splits = 1
     while num_splits < 8 and (
-        in_features > 8192 * num_splits or (tiles * num_splits < 64 and in_features >= 1024 * num_splits)
+        in_features > 8192 * num_splits or (tiles * num_splits < wanted and in_features >= 1024 * num_splits)
     ):
         num_splits *= 2
-    return FewTokensTiling(64, block_k, num_splits, num_warps=4, num_stages=6)
+    return FewTokensTiling(64, block_k, num_splits, num_warps=4, num_stages=5 if many and num_splits > 1 else 6)
 
 
 class SkinnyLinear:
@@ -175,8 +180,7 @@ class SkinnyLinear:
         out_features, in_features = weight.shape
         self.one = one_token_tiling(in_features)
         self._device = describe(weight.device)
-        self.few = few_tokens_tiling(in_features, out_features)
-        tiles = triton.cdiv(out_features, self.few.block_n)
+        tiles = triton.cdiv(out_features, self.few(num_tokens=2).block_n)  # no tiling has smaller ones
         self._arrivals = torch.zeros(tiles, dtype=torch.int32, device=weight.device)
 
     @classmethod
@@ -202,6 +206,11 @@ class SkinnyLinear:
     def num_bytes(self) -> int:
         return sum(tensor.nbytes for tensor in (self.weight, self.bias) if tensor is not None)
 
+    def few(self, num_tokens: int) -> FewTokensTiling:
+        """The tile for so many tokens."""
+        out_features, in_features = self.weight.shape
+        return few_tokens_tiling(in_features, out_features, num_tokens)
+
     def _apply_one(self, x: Tensor) -> Tensor:
         out_features, in_features = self.weight.shape
         out = torch.empty((1, out_features), dtype=x.dtype, device=x.device)
@@ -225,7 +234,7 @@ class SkinnyLinear:
     def _apply_few(self, x: Tensor) -> Tensor:
         out_features, in_features = self.weight.shape
         out = torch.empty((x.shape[0], out_features), dtype=x.dtype, device=x.device)
-        tile = self.few
+        tile = self.few(x.shape[0])
         tiles, block_m = triton.cdiv(out_features, tile.block_n), max(16, power_of_two(x.shape[0]))
         partial = out
         if tile.num_splits > 1:

@@ -42,9 +42,8 @@ def octavo_kernels() -> list[KernelProvider]:
         KernelProvider(f"triton-{operation.replace('_', '-')}", target, 50, REQUIRES, operation=operation)
         for operation, target in targets.items()
     ]
-    # below the others until whole models have run with them: chosen by --kernel
     kernels += [
-        KernelProvider(f"hopper-{operation.replace('_', '-')}", target, 40, REQUIRES_GLUON, operation=operation)
+        KernelProvider(f"hopper-{operation.replace('_', '-')}", target, 60, REQUIRES_GLUON, operation=operation)
         for operation, target in hopper.items()
     ]
     kernels += [

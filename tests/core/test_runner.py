@@ -15,20 +15,22 @@ from typing import Any, ClassVar
 import hypothesis.strategies as st
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from torch import Tensor
 
 import octavo.runner
 import octavo.startup
 from octavo.attention.torch_backend import TorchAttention
-from octavo.batch import ForwardBatch, PlannedRow
+from octavo.batch import ForwardBatch, PlannedRow, StepPlan
 from octavo.config import EngineConfig
 from octavo.engine import Engine
 from octavo.graphs import Choice, StepGraphs, StepInputs, StepShape, StepShapes
 from octavo.messages import Abort, Submit
 from octavo.request import Request, SamplingParams
 from octavo.rows import RowArrays
-from octavo.runner import Runner
+from octavo.runner import DeviceTable, LaunchedStep, Runner
+from octavo.sampling import REJECTED
 from octavo.speculation import FixedController, Speculation
 from octavo.startup import build_engine, resolve
 
@@ -69,6 +71,14 @@ class DeviceLengths(TorchAttention):
         return super().plan(
             replace(batch, query_lens=(starts[1:] - starts[:-1]).tolist(), context_lens=batch.seq_lens.tolist())
         )
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_the_host_reads_what_it_wrote_to_a_readable_table(device: str) -> None:
+    table = DeviceTable(3, 5, torch.int32, torch.device(device), readable=True)
+    table.write(1, 2, [7, 8])
+    table.write(0, 0, [9])
+    assert table.read(np.array([1, 1, 0, 2]), np.array([3, 2, 0, 4])).tolist() == [8, 7, 9, 0]
 
 
 @pytest.fixture
@@ -278,6 +288,21 @@ def test_padding_writes_to_the_spare_block_only(make_engine: Callable[..., Engin
     }
     assert changed <= used | {spare}
     assert spare in changed
+
+
+@pytest.mark.parametrize(
+    ("sampled", "tokens", "expected"),
+    [
+        ([0, 1, 2], [7, 8, 9], [[7], [8], [9]]),  # decodes alone
+        ([0, 2], [7, 9], [[7], [], [9]]),  # beside a prompt's chunk
+        ([0, 1, 1, 1, 2], [7, 8, 5, REJECTED, 9], [[7], [8, 5], [9]]),  # beside drafts
+        ([1, 1, 2], [8, REJECTED, 9], [[], [8], [9]]),  # as many tokens as rows, and not one each
+    ],
+)
+def test_sampled_tokens_go_to_their_rows(sampled: list[int], tokens: list[int], expected: list[list[int]]) -> None:
+    rows = [PlannedRow(Request(str(i), [0], GREEDY, seed=0, max_total_tokens=9), 0, 1, True) for i in range(3)]
+    step = LaunchedStep(StepPlan(rows), torch.tensor(tokens), sampled, None, (), {}, None)
+    assert step.wait().token_ids == expected
 
 
 def arrays(*query_lens: int, samples: bool = True, num_drafts: int = 0) -> RowArrays:

@@ -280,12 +280,9 @@ class Watching:
         self.num_compiled = self.missing
         self.watches = False
 
-    def all_cached(self) -> bool:
-        return not self.missing
-
 
 @pytest.mark.parametrize("missing", [0, 3])
-def test_a_trial_run_has_kernels_compiled_and_ends_early_if_there_are_none(
+def test_a_trial_run_has_the_kernels_of_all_usual_steps_compiled(
     missing: int, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO, logger="octavo")
@@ -295,7 +292,7 @@ def test_a_trial_run_has_kernels_compiled_and_ends_early_if_there_are_none(
     config = EngineConfig(model="any", max_model_len=256, max_num_seqs=8)
     compile_kernels([compiler], SimpleNamespace(config=config, make_runner=lambda num_blocks: runner), 2048)
     assert all(watched)
-    assert len(watched) == 1 if missing == 0 else len(watched) > 10
+    assert len(watched) > 10
     assert ("compiled 3 kernels" in caplog.text) == (missing == 3)
     assert not compiler.watches
 

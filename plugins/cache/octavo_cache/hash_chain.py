@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 DIGEST_BYTES = 32
+PACKED_BLOCKS = 32  # tokens of this many blocks become bytes at once
 
 
 class HashChain:
@@ -75,10 +76,15 @@ class HashChain:
 
     def _follow(self, digest: bytes, tokens: Sequence[int], num_before: int) -> Iterator[bytes]:
         """The digests of the full blocks after the first ``num_before``, the last of which has ``digest``."""
-        size = self._block_size
-        for end in range((num_before + 1) * size, len(tokens) + 1, size):
-            digest = hashlib.blake2b(digest + _pack(tokens[end - size : end]), digest_size=DIGEST_BYTES).digest()
-            yield digest
+        size, blake2b = self._block_size, hashlib.blake2b
+        step = size * PACKED_BLOCKS
+        for start in range(num_before * size, len(tokens) - size + 1, step):
+            packed = array("i", tokens[start : start + step])
+            num_bytes = size * packed.itemsize
+            content = packed.tobytes()
+            for end in range(num_bytes, len(content) + 1, num_bytes):
+                digest = blake2b(digest + content[end - num_bytes : end], digest_size=DIGEST_BYTES).digest()
+                yield digest
 
     def _root(self, salt: bytes) -> bytes:
         return hashlib.blake2b(salt, key=self._key, digest_size=DIGEST_BYTES).digest()
@@ -90,7 +96,3 @@ class _Chain(NamedTuple):
     salt: bytes
     tokens: Sequence[int]
     digests: Sequence[bytes]
-
-
-def _pack(tokens: Sequence[int]) -> bytes:
-    return array("i", tokens).tobytes()

@@ -77,7 +77,8 @@ SAMPLE = {name: "*fp32" for name in (
 SAMPLE |= {name: "*i32" for name in ("pivots_ptr", "counts_ptr", "ranks_ptr")}
 SAMPLE |= {name: "*i64" for name in ("out_ptr", "greedy_ptr", "top_k_ptr", "chosen_ptr")}
 shared = hopper_attention.gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
-few = linear.few_tokens_tiling(4096, 6144)
+few = linear.few_tokens_tiling(4096, 6144, 16)
+wide = linear.few_tokens_tiling(4096, 28672, 64)
 fp8 = fp8_linear.few_tokens_fp8_tiling(4096, 6144, 4096, 16)
 ROUNDED = dict(out_ptr="*fp8e4nv", scales_ptr="*fp32")
 FP8 = dict(K=4096, ROW_BLOCK=1, COLUMN_BLOCK=4096, BIAS=False, PDL=True)
@@ -99,6 +100,9 @@ print(json.dumps({
     "few_tokens": compile(linear._few_tokens, few.num_warps, dict(
         K=4096, BLOCK_M=16, BLOCK_N=few.block_n, BLOCK_K=few.block_k, NUM_SPLITS=few.num_splits, BIAS=False,
         STAGES=few.num_stages, PDL=True)),
+    "few_tokens, wide": compile(linear._few_tokens, wide.num_warps, dict(
+        K=4096, BLOCK_M=64, BLOCK_N=wide.block_n, BLOCK_K=wide.block_k, NUM_SPLITS=wide.num_splits, BIAS=False,
+        STAGES=wide.num_stages, PDL=True)),
     "rms_norm": compile(
         norm._rms_norm, 8, dict(SIZE=4096, BLOCK=4096, ADD=True, ROUND=False, REORDERED=False, PDL=True)),
     "rms_norm_rounded": compile(norm._rms_norm, 8, dict(
@@ -139,7 +143,7 @@ print(json.dumps({
     "logprobs_list": compile(logprobs._list, 8, dict(
         CANDIDATES=2048, CAPACITY=1024, PARTS=32, BLOCK=4096, PDL=True), **SAMPLE, logprobs_ptr="*fp32",
         out_ranks_ptr="*i64", top_ids_ptr="*i64", top_logprobs_ptr="*fp32"),
-    "dequantize_int4": compile(hopper_linear._dequantize_int4, 4, dict(K=4096, GROUP=128, OFFSET=128),
+    "dequantize_int4": compile(hopper_linear._dequantize_int4, 4, dict(K=4096, GROUP=128, FACTOR=2.0**23),
         words_ptr="*i32", params_ptr="*i32"),
     "dequantize_fp8": compile(hopper_linear._dequantize_fp8, 4, dict(
         K=4096, ROW_BLOCK=128, COLUMN_BLOCK=128, BLOCK=1024), values_ptr="*fp8e4nv", scales_ptr="*fp32"),
@@ -170,12 +174,16 @@ def test_nothing_spills_except_prefill_by_a_few_bytes(reports: dict[str, dict[st
 def test_wide_tiles_use_the_matrix_units_of_hopper(reports: dict[str, dict[str, int]]) -> None:
     assert reports["prefill"]["wgmma"] > 0
     assert reports["prefill_hopper"]["wgmma"] > 0
-    assert all(reports[name]["wgmma"] > 0 for name in ("few_tokens", "packed_few", "packed_many", "fp8_few"))
+    assert all(
+        reports[name]["wgmma"] > 0
+        for name in ("few_tokens", "few_tokens, wide", "packed_few", "packed_many", "fp8_few")
+    )
     assert reports["decode"]["mma"] > 0  # 16 rows are too few for them
 
 
 READ_AHEAD = {
-    "decode", "verification", "prefill", "prefill_hopper", "few_tokens", "packed_few", "packed_many", "fp8_few",
+    "decode", "verification", "prefill", "prefill_hopper", "few_tokens", "few_tokens, wide", "packed_few",
+    "packed_many", "fp8_few",
 }  # fmt: skip
 
 

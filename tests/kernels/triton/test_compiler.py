@@ -44,7 +44,6 @@ for name in ("first", "again"):
     compiler = TritonCompiler(torch.device("cuda"), 2)
     with compiler:
         trial_run()
-        report[name + " cached"] = compiler.all_cached()
     report[name] = compiler.num_compiled
 try:
     rms_norm(x, x[0], 1e-5)
@@ -66,12 +65,10 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 def test_each_kernel_is_compiled_once_and_not_launched(report: dict[str, Any]) -> None:
     assert report["first"] == 4  # norm, activation, and the two of argmax
-    assert not report["first cached"]
 
 
 def test_the_next_start_finds_them(report: dict[str, Any]) -> None:
     assert report["again"] == 0
-    assert report["again cached"]
 
 
 def test_a_launch_finds_what_a_thread_compiled(report: dict[str, Any]) -> None:

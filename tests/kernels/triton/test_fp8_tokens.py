@@ -111,7 +111,7 @@ def test_a_layer_multiplies_what_was_rounded_for_it_as_what_it_rounds_itself(
 
 @pytest.mark.parametrize(
     ("activation", "form"),
-    [("token", TokenRounding(64, reordered=True)), ("tensor", TokenRounding(64, reordered=True)), ("none", None)],
+    [("token", TokenRounding(32, reordered=True)), ("tensor", TokenRounding(32, reordered=True)), ("none", None)],
 )
 def test_only_layers_that_round_want_rounded_tokens(
     device: torch.device, activation: Activation, form: TokenRounding | None

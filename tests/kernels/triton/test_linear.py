@@ -23,13 +23,25 @@ def test_multiplies(
         torch.testing.assert_close(layer.apply(x).float(), linear_reference(x, weight, bias), atol=4e-3, rtol=4e-3)
 
 
-def test_a_narrow_layer_is_split_and_the_order_of_arrival_does_not_matter(device: torch.device) -> None:
+@pytest.mark.parametrize("num_tokens", [4, 40])
+def test_a_narrow_layer_is_split_and_the_order_of_arrival_does_not_matter(
+    device: torch.device, num_tokens: int
+) -> None:
     weight = torch.randn(64, 4096, device=device).half()
-    x = torch.randn(4, 4096, device=device).half()
+    x = torch.randn(num_tokens, 4096, device=device).half()
     layer = SkinnyLinear(LinearNeed(device, torch.float16, 4096, 64), weight, None)
-    assert layer.few.num_splits > 1
+    assert layer.few(num_tokens).num_splits > 1
     first = layer.apply(x)
     assert all(torch.equal(first, layer.apply(x)) for _ in range(5))
+
+
+@pytest.mark.parametrize("num_tokens", [16, 17, MAX_TOKENS])
+def test_a_wide_layer_has_larger_tiles_for_many_tokens(device: torch.device, num_tokens: int) -> None:
+    weight = torch.randn(16400, 32, device=device).half()
+    x = torch.randn(num_tokens, 32, device=device).half()
+    layer = SkinnyLinear(LinearNeed(device, torch.float16, 32, 16400), weight, None)
+    assert layer.few(num_tokens).block_n == (128 if num_tokens > 16 else 64)
+    torch.testing.assert_close(layer.apply(x).float(), linear_reference(x, weight), atol=4e-3, rtol=4e-3)
 
 
 def test_counts_its_bytes(device: torch.device) -> None:

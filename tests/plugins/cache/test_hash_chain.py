@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import random
+
 import hypothesis.strategies as st
 from hypothesis import given
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
-from octavo_cache.hash_chain import HashChain
+from octavo_cache.hash_chain import PACKED_BLOCKS, HashChain
 
 BLOCK = 4
 
@@ -52,6 +54,30 @@ def test_the_first_block_of_a_content_is_kept_and_its_double_can_still_be_extend
     assert cache.lookup(tokens, b"") == [0, 2]
     cache.forget(0)
     assert cache.lookup(tokens, b"") == []
+
+
+@given(
+    num_blocks=st.integers(2 * PACKED_BLOCKS - 2, 2 * PACKED_BLOCKS + 2),
+    num_more=st.integers(0, BLOCK - 1),
+    cut=st.integers(0, 2 * PACKED_BLOCKS + 2),
+    seed=st.integers(0, 2**32),
+)
+def test_blocks_packed_together_are_found_as_blocks_stored_one_by_one(
+    num_blocks: int, num_more: int, cut: int, seed: int
+) -> None:
+    tokens = random.Random(seed).choices(range(2**31), k=num_blocks * BLOCK + num_more)
+    blocks = list(range(num_blocks))
+    one_by_one, together = HashChain(BLOCK), HashChain(BLOCK)
+    for index in blocks:
+        one_by_one.store(tokens[: (index + 1) * BLOCK], blocks[: index + 1], index, b"")
+    cut = min(cut, num_blocks)
+    together.store(tokens[: cut * BLOCK], blocks[:cut], 0, b"")
+    together.store(tokens, blocks, cut, b"")
+    for cache in (one_by_one, together):
+        assert cache.lookup(tokens[: cut * BLOCK], b"") == blocks[:cut]
+        assert cache.lookup(tokens, b"") == blocks
+        changed = [*tokens[: cut * BLOCK], *(token ^ 1 for token in tokens[cut * BLOCK :])]
+        assert cache.lookup(changed, b"") == blocks[:cut]
 
 
 @given(st.lists(st.integers(0, 2**31 - 1), min_size=BLOCK, max_size=4 * BLOCK))

@@ -408,18 +408,25 @@ def measure(model: Path, parts: Sequence[str], args: argparse.Namespace) -> dict
         octavo.run([octavo.submit(prompt, 8) for prompt in octavo.prompts(8, 64, seed=0)])
         run_parts(octavo, parts, args, table, result)
         del octavo
-        torch.cuda.empty_cache()
+        give_back_memory()
     if "throughput-1024" in parts:
         octavo = Octavo(model, max_num_seqs=1024, attention_backend=args.attention_backend)
         requests = trace_requests(TRACE, None, vocab_size=octavo.vocab_size)
         table.add("trace, 1024 rows", "tok/s", THROUGHPUT["trace, 1024 rows"], throughput(octavo, requests))
         del octavo
-        torch.cuda.empty_cache()
+        give_back_memory()
     if "soak" in parts:
         # few blocks and long prompts: the cache is full, and requests give way to each other all the time
         octavo = Octavo(model, max_num_seqs=64, max_model_len=4096, num_blocks=1024, max_num_batched_tokens=2048)
         soak.soak(octavo.engine, args.minutes, seed=0)
     return result
+
+
+def give_back_memory() -> None:
+    """What an engine that is gone held; it was kept from the collector while it ran."""
+    gc.unfreeze()
+    gc.collect()
+    torch.cuda.empty_cache()
 
 
 def run_parts(

@@ -63,10 +63,13 @@ class TritonCompiler:
             listed = json.loads(compile["specialization_data"])["options"]
             # JSON has made lists of tuples, which options are hashed as
             options = {name: tuple(value) if isinstance(value, list) else value for name, value in listed.items()}
-            self._jobs[fn.jit_function, key] = self._pool.submit(
-                triton.compile, source, target=self._target, options=options
-            )
+            self._jobs[fn.jit_function, key] = self._pool.submit(self._compile, source, options)
         return True
+
+    def _compile(self, source: Any, options: dict[str, Any]) -> None:
+        """The kernel, and the C program that launches it, which is kept on disk as well."""
+        kernel = triton.compile(source, target=self._target, options=options)
+        driver.active.launcher_cls(kernel.src, kernel.metadata)
 
     def _count(self, *, cache_hit: bool, **_: object) -> None:
         """Triton's ``listener``."""

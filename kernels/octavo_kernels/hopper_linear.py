@@ -179,7 +179,7 @@ def missing_hopper(device: torch.device, dtype: torch.dtype, in_features: int) -
 class HopperPacked:
     """The operation ``linear_packed`` for 4 bits: ``weight`` has the attributes of octavo_quant.packed.PackedWeight."""
 
-    MAX_STREAMED = 256
+    MAX_STREAMED = 512
     """Tokens; beyond, writing the weights out for cuBLAS costs less than it gains."""
 
     def __init__(self, need: Any, weight: Any, bias: Tensor | None) -> None:

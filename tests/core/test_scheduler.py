@@ -66,6 +66,39 @@ def test_a_prompt_and_its_tokens_take_one_step_each() -> None:
     assert request.finish_reason is FinishReason.LENGTH
 
 
+def decoding_beside(*lengths: int, running: bool = True) -> list[int]:
+    """Tokens of each step until prompts of these ``lengths`` are computed, beside one that decodes if ``running``."""
+    scheduler = make_scheduler(num_blocks=4096, max_num_batched_tokens=4096)
+    if running:
+        scheduler.add(make_request("running", 3, 50))
+        settle(scheduler, scheduler.schedule())
+    for index, length in enumerate(lengths):
+        scheduler.add(make_request(str(index), length))
+    num_tokens = []
+    while scheduler.waiting or any(request.is_prefilling for request in scheduler.running.values()):
+        plan = scheduler.schedule()
+        num_tokens.append(plan.num_tokens)
+        settle(scheduler, plan)
+    return num_tokens
+
+
+def test_few_prompts_are_spread_over_steps_so_that_others_wait_less_for_their_tokens() -> None:
+    assert decoding_beside(300) == [301]
+    assert decoding_beside(512) == [513]
+    assert decoding_beside(1000) == [501, 501]
+    assert decoding_beside(300, 300) == [301, 302], "the first has its first token, and decodes beside the second"
+    assert decoding_beside(1024) == [513, 513]
+
+
+def test_many_prompts_take_all_that_a_step_has() -> None:
+    assert decoding_beside(1025) == [1026]
+    assert decoding_beside(600, 600) == [1201]
+
+
+def test_where_nobody_decodes_nothing_is_spread() -> None:
+    assert decoding_beside(1000, running=False) == [1000]
+
+
 def test_a_long_prompt_is_computed_in_chunks_of_the_budget() -> None:
     scheduler = make_scheduler(max_num_batched_tokens=8)
     scheduler.add(make_request("a", 20, 1))

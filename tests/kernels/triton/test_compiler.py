@@ -27,7 +27,9 @@ class NoDevice:
     get_current_target = staticmethod(lambda: GPUTarget("cuda", 90, 32))
     get_current_device = staticmethod(lambda: 0)
     get_current_stream = staticmethod(lambda device: 0)
+    launcher_cls = staticmethod(lambda source, metadata: launchers.append(source))
 
+launchers = []
 driver.set_active(NoDevice())
 x = torch.randn(3, 64, dtype=torch.bfloat16)
 
@@ -45,6 +47,7 @@ for name in ("first", "again"):
     with compiler:
         trial_run()
     report[name] = compiler.num_compiled
+    report[name + " launchers"] = len(launchers)
 try:
     rms_norm(x, x[0], 1e-5)
 except AttributeError:  # loading it onto a device
@@ -65,6 +68,7 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 def test_each_kernel_is_compiled_once_and_not_launched(report: dict[str, Any]) -> None:
     assert report["first"] == 4  # norm, activation, and the two of argmax
+    assert report["first launchers"] == 4
 
 
 def test_the_next_start_finds_them(report: dict[str, Any]) -> None:

@@ -143,7 +143,7 @@ def fp8(num_in: int, num_out: int, block: tuple[int, int] | None, dtype: torch.d
 
 
 @pytest.mark.usefixtures("_stand_in")
-@pytest.mark.parametrize("num_tokens", [0, 1, 9, 17, 65, 256, 257])
+@pytest.mark.parametrize("num_tokens", [0, 1, 9, 17, 65, 512, 513])
 @pytest.mark.parametrize(("num_in", "num_out", "group_size"), [(256, 72, 64), (384, 264, 128), (256, 128, 256)])
 def test_4_bit_weights_meet_every_number_of_tokens(num_tokens: int, num_in: int, num_out: int, group_size: int) -> None:
     need, weight = packed(num_in, num_out, group_size, ordered=group_size != 128)
@@ -275,7 +275,7 @@ def test_a_tile_that_programs_share_is_added_up_by_the_first_of_them(
     assert not arrivals.memory.any()
 
 
-@given(st.integers(1, 256), st.integers(1, 60000))
+@given(st.integers(1, 512), st.integers(1, 60000))
 def test_tilings_fit_their_processor(num_tokens: int, out_features: int) -> None:
     for tile, step_bytes in (
         (int4_tiling(out_features, num_tokens, 132), 64),

@@ -79,15 +79,16 @@ class Batch:
         shape = (num_rows * blocks, 2, HEADS.num_kv_heads, BLOCK_SIZE, HEADS.head_dim)
         num_bytes = num_rows * blocks * BLOCK_SIZE * 4096
         copies = max(1, min(8, round(ROTATION_BYTES / num_bytes)))
+        seq_lens = torch.full((num_rows,), context, device="cuda", dtype=torch.int32)
         return cls(
             [torch.randn(shape, device="cuda", dtype=DTYPE) for _ in range(copies)],
             torch.randperm(shape[0], device="cuda").view(num_rows, blocks).int(),
             torch.arange(0, num_rows * query_len + 1, query_len, device="cuda", dtype=torch.int32),
-            torch.full((num_rows,), context, device="cuda", dtype=torch.int32),
+            seq_lens,
             torch.randn(num_rows * query_len, HEADS.num_heads, HEADS.head_dim, device="cuda", dtype=DTYPE),
             plan_sections(
                 HEADS,
-                torch.device("cuda"),
+                seq_lens,
                 num_rows=num_rows,
                 num_tokens=num_rows * query_len,
                 num_decodes=num_rows if query_len == 1 else 0,

@@ -79,3 +79,7 @@ class ForwardBatch:
     @property
     def num_rows(self) -> int:
         return self.seq_lens.shape[0]
+
+    @property
+    def num_logits(self) -> int:
+        return self.logit_rows.shape[0]

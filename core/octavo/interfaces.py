@@ -105,7 +105,8 @@ class Model(Protocol):
     def __init__(self, config: Mapping[str, Any], build: Builder) -> None: ...
 
     def forward(self, tokens: Tensor, positions: Tensor, context: ForwardContext) -> Tensor:
-        """``tokens`` and ``positions`` [num_tokens] int -> hidden states [num_tokens, hidden_size]."""
+        """``tokens`` and ``positions`` [num_tokens] int -> hidden states [num_tokens, hidden_size], or [num_kept,
+        hidden_size] of those that :meth:`octavo.layers.attention.ForwardContext.keep` leaves."""
         ...
 
     def logits(self, hidden: Tensor) -> Tensor:

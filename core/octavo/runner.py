@@ -228,19 +228,17 @@ class Runner:
         (self._beside or self)._upload(plan.rows)
         rows = RowArrays.of(plan.rows)
         choice = Choice(int(self._choices[rows.slots[rows.sampled]].max(initial=Choice.LIKELIEST)))
-        if self.graphs is not None and not self._wants_prompt_logprobs(rows):
+        wants_prompt = self._wants_prompt_logprobs(rows)
+        if self.graphs is not None and not wants_prompt:
             shape = self.graphs.find(rows, choice)
             if shape is not None:
                 return self._replay(self.graphs, shape, plan, rows)
         batch = self._batch(rows)
-        context = ForwardContext(batch, self.backend, self.backend.plan(batch), self.kv, self._recorder)
-        hidden = self.model.forward(batch.tokens, batch.positions, context)
-        prompt_logprobs = self._prompt_logprobs(plan.rows, rows, hidden)
+        hidden = self._forward(batch, whole=wants_prompt)
+        prompt_logprobs = self._prompt_logprobs(plan.rows, rows, hidden) if wants_prompt else {}
         if not len(rows.logit_tokens):
             return self._launched(plan, rows, torch.empty(0, dtype=torch.int64), None, (), prompt_logprobs)
-        if batch.logit_rows.shape[0] != hidden.shape[0]:
-            hidden = hidden[batch.logit_rows]
-        logits = self.model.logits(hidden)
+        logits = self.model.logits(_deciding(hidden, batch))
         tokens, logprobs, entries = self._choose(plan.rows, rows, logits, choice)
         drafts = self._keep(rows, tokens)
         if rows.has_drafts:
@@ -364,10 +362,7 @@ class Runner:
             max_seq_len=self._max_model_len,
             num_decodes=shape.num_decodes,
         )
-        context = ForwardContext(batch, self.backend, self.backend.plan(batch), self.kv, self._recorder)
-        hidden = self.model.forward(batch.tokens, positions, context)
-        decides = shape.num_logits < shape.num_tokens  # otherwise every token does, in order
-        logits = self.model.logits(hidden[inputs.logit_rows] if decides else hidden)
+        logits = self.model.logits(_deciding(self._forward(batch), batch))
         if shape.choice is Choice.LOGITS:
             return logits
         if shape.choice is Choice.LIKELIEST:
@@ -385,6 +380,14 @@ class Runner:
         before = self._tokens.tensor[inputs.target_slots, inputs.target_positions] if shape.every_token else None
         self._tokens.tensor[inputs.target_slots, inputs.target_positions] = tokens
         return tokens if before is None else accept(tokens, before, inputs.first)
+
+    def _forward(self, batch: ForwardBatch, *, whole: bool = False) -> Tensor:
+        """Hidden states [num_kept, hidden_size]: of all tokens if ``whole``, else at least of those that decide."""
+        kept = None
+        if not whole and self._recorder is None and batch.num_logits < batch.num_tokens:
+            kept = batch.logit_rows if batch.num_logits else batch.query_start[:1]  # kernels take no empty batch
+        context = ForwardContext(batch, self.backend, self.backend.plan(batch), self.kv, self._recorder, kept)
+        return self.model.forward(batch.tokens, batch.positions, context)
 
     def _cache_slots(self, token_slots: np.ndarray, positions: np.ndarray) -> np.ndarray:
         """Where the keys and values of the tokens at ``positions`` go, int64."""
@@ -508,6 +511,11 @@ def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> 
     if device.type != "cpu":
         return torch.zeros(shape, dtype=dtype, device=device)
     return torch.from_numpy(np.zeros(math.prod(shape) * dtype.itemsize, np.uint8)).view(dtype).view(shape)
+
+
+def _deciding(hidden: Tensor, batch: ForwardBatch) -> Tensor:
+    """The states that become logits [num_logits, hidden_size], where a model has not kept just those."""
+    return hidden if hidden.shape[0] == batch.num_logits else hidden[batch.logit_rows]
 
 
 def _to_device(array: np.ndarray, device: torch.device) -> Tensor:

@@ -376,7 +376,7 @@ class Heads:
 
 def plan_sections(
     heads: Heads,
-    device: torch.device,
+    seq_lens: Tensor,
     *,
     num_rows: int,
     num_tokens: int,
@@ -384,21 +384,20 @@ def plan_sections(
     max_query_len: int,
     max_seq_len: int,
     batch_invariant: bool = False,
-    seq_lens: Tensor | None = None,
 ) -> list[Section]:
     """Cut a batch into launches from numbers that the host knows; the first ``num_decodes`` rows have one query each.
 
-    Nothing depends on the lengths of single sequences, so a captured graph serves any of them up to ``max_seq_len``.
-    With ``seq_lens`` [num_rows] int32 on the device, splits are shared out there by the rows' lengths: a long context
-    beside short ones takes many programs, not one for all the time that the step takes.
+    Nothing that the host decides depends on the lengths of single sequences, so a captured graph serves any of them up
+    to ``max_seq_len``. Splits of rows with few queries are shared out on the device, by ``seq_lens`` [num_rows] int32:
+    a long context beside short ones takes many programs, not one for all the time that the step takes. A row that must
+    not depend on its neighbours has splits of a fixed length instead.
     """
+    device = seq_lens.device
     figures = describe(device)
     if max_query_len * heads.group <= 64 and not batch_invariant:
-        if seq_lens is not None:
-            return [_shared_out(heads, figures, num_rows, max_query_len, seq_lens)]
-        return [_section(heads, figures, device, 0, num_rows, num_tokens, max_query_len, max_seq_len, False)]
+        return [_shared_out(heads, figures, num_rows, max_query_len, seq_lens)]
     sections = []
-    if num_decodes and seq_lens is not None and not batch_invariant:
+    if num_decodes and not batch_invariant:
         sections.append(_shared_out(heads, figures, num_decodes, 1, seq_lens))
     elif num_decodes:
         sections.append(_section(heads, figures, device, 0, num_decodes, num_decodes, 1, max_seq_len, batch_invariant))
@@ -467,8 +466,8 @@ def _shared_out(heads: Heads, figures: Device, num_rows: int, max_query_len: int
         num_items,
         num_extra,
         BLOCK_N=shape.block_n,
-        BLOCK_ROWS=max(32, power_of_two(num_rows)),
-        BLOCK_ITEMS=power_of_two(num_items),
+        BLOCK_ROWS=max(1024, power_of_two(num_rows)),  # one kernel for all usual numbers of rows
+        BLOCK_ITEMS=max(2048, power_of_two(num_items)),
         PDL=figures.dependent_launch,
         **figures.options,
     )

@@ -20,13 +20,13 @@ MAX_HEAD_DIM = 256
 class TritonAttention(AttentionBackend):
     """Paged attention as Triton kernels.
 
-    ``plan`` reads host numbers only and allocates what the splits need, so it may be captured in a CUDA graph: such a
-    graph serves any lengths up to the ``max_seq_len`` of the batch that it was captured with.
+    ``plan`` reads host numbers only, allocates what the splits need and shares them out on the device, so it may be
+    captured in a CUDA graph: such a graph serves any lengths up to the ``max_seq_len`` of the batch that it was
+    captured with.
     """
 
     name: ClassVar[str] = "triton"
     capturable: ClassVar[bool] = True
-    _by_length: ClassVar[bool] = False  # whether long contexts get more splits than short ones
 
     def __init__(self, need: AttentionNeed) -> None:
         self._need = need
@@ -50,14 +50,13 @@ class TritonAttention(AttentionBackend):
     def plan(self, batch: ForwardBatch) -> list[Section]:
         return plan_sections(
             self._heads,
-            batch.seq_lens.device,
+            batch.seq_lens,
             num_rows=batch.num_rows,
             num_tokens=batch.num_tokens,
             num_decodes=batch.num_decodes,
             max_query_len=batch.max_query_len,
             max_seq_len=batch.max_seq_len,
             batch_invariant=self._need.batch_invariant,
-            seq_lens=batch.seq_lens if self._by_length else None,
         )
 
     def attend(
@@ -121,21 +120,6 @@ class TritonAttention(AttentionBackend):
             key_scale=spec.key_scale,
             value_scale=spec.value_scale,
         )
-
-
-class BalancedTritonAttention(TritonAttention):
-    """The same, with splits shared out by the lengths of the contexts: a long one beside many short ones does not hold
-    up the step. Not measured yet, so it serves only where it is asked for by name."""
-
-    name: ClassVar[str] = "triton-balanced"
-    _by_length: ClassVar[bool] = True
-
-    @classmethod
-    def missing(cls, need: AttentionNeed) -> list[str]:
-        reasons = super().missing(need)
-        if need.batch_invariant:
-            reasons.append("where it splits a context depends on the others in the batch")
-        return reasons
 
 
 def _packed(x: Tensor) -> Tensor:

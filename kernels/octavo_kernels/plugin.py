@@ -15,7 +15,6 @@ def octavo_attention_backends() -> list[Provider]:
     return [
         Provider("triton-hopper", "octavo_kernels.hopper_backend:HopperAttention", priority=60, requires=REQUIRES),
         Provider("triton", "octavo_kernels.backend:TritonAttention", priority=50, requires=REQUIRES),
-        Provider("triton-balanced", "octavo_kernels.backend:BalancedTritonAttention", priority=40, requires=REQUIRES),
     ]
 
 

@@ -265,6 +265,31 @@ def test_prompts_in_chunks_are_the_same_in_graphs(make_engine: Callable[..., Eng
     assert sum(shape.num_longer > 0 for shape in Rerun.replayed.elements()) > 3
 
 
+def test_the_last_layer_computes_only_what_decides(
+    make_engine: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = make_engine(False, max_num_batched_tokens=48, enable_prefix_caching=False)
+    model = engine.runner.model
+    forward, num_kept = model.forward, list[int]()
+
+    def counted(*args: Any) -> Tensor:
+        hidden = forward(*args)
+        num_kept.append(hidden.shape[0])
+        return hidden
+
+    monkeypatch.setattr(model, "forward", counted)
+
+    def counts(**options: Any) -> list[int]:
+        num_kept.clear()
+        engine.submit(Submit("long", PROMPTS[5], SamplingParams(temperature=0.0, max_tokens=2, **options), seed=0))
+        while engine.has_work:
+            _step(engine, {"long": []})
+        return list(num_kept)
+
+    assert counts() == [1, 1, 1]  # a chunk of 48 that decides nothing, the prompt's last 22 tokens, a decode
+    assert counts(prompt_logprobs=1) == [48, 22, 1]
+
+
 def test_only_what_a_step_leaves_to_others_gets_a_graph_with_logits(make_engine: Callable[..., Engine]) -> None:
     generate(make_engine(True), [GREEDY] * len(PROMPTS))
     assert {shape.choice for shape in Rerun.replayed} == {Choice.LIKELIEST}

@@ -132,9 +132,3 @@ def test_memory_holds_what_was_planned(tiny_llama: Path) -> None:
     generate(made)
     free, total = torch.cuda.mem_get_info()
     assert total - free <= 0.5 * total + 64 * 1024**2
-
-
-def test_splits_by_length_change_nothing(tiny_llama: Path) -> None:
-    balanced = engine(tiny_llama, dtype="float16", attention_backend="triton-balanced")
-    assert balanced.info.attention_backend == "triton-balanced"
-    assert generate(balanced) == generate(engine(tiny_llama, dtype="float16"))

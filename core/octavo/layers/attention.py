@@ -23,6 +23,15 @@ class ForwardContext:
     plan: Any
     kv: Sequence[Tensor]  # one cache per attention layer
     recorder: HiddenStateRecorder | None = None
+    kept: Tensor | None = None  # [num_kept] int: the tokens whose hidden states are read in the end; None: all
+
+    def keep(self, x: Tensor) -> Tensor:
+        """x [num_tokens, size] -> the part of it that is still of use after the last attention, [num_kept, size].
+
+        Of a prompt only the last token decides anything, so a model that drops the others there saves most of a
+        layer. Whatever travels beside ``x`` is to be cut in the same way.
+        """
+        return x if self.kept is None else x[self.kept]
 
     def record(self, layer: int, hidden: Tensor, residual: Tensor | None = None) -> None:
         """A model that others may build on calls this with what goes into each layer, in two parts as it travels, and

@@ -168,8 +168,8 @@ class SelfAttention:
         )
 
     def __call__(self, x: Tensor, context: ForwardContext) -> Tensor:
-        """x [num_tokens, hidden_size] -> the same shape."""
-        return self.output(self.attention(self.qkv(x), context))
+        """x [num_tokens, hidden_size] -> what ``output`` projects, [num_tokens, num_heads * head_dim]."""
+        return self.attention(self.qkv(x), context)
 
 
 class DecoderLayer:
@@ -184,11 +184,16 @@ class DecoderLayer:
         self.mlp = GatedMLP(f"{name}.mlp", spec, build)
         self.mlp_norm = build.rms_norm(f"{name}.post_attention_layernorm", size, eps, into=self.mlp.gate_up)
 
-    def __call__(self, x: Tensor, residual: Tensor | None, context: ForwardContext) -> tuple[Tensor, Tensor]:
-        """x [num_tokens, hidden_size], and what is to be added to it -> the next layer's."""
+    def attend(self, x: Tensor, residual: Tensor | None, context: ForwardContext) -> tuple[Tensor, Tensor]:
+        """The half in which tokens meet: x [num_tokens, hidden_size], and what is to be added to it -> the heads'
+        outputs [num_tokens, num_heads * head_dim] and the sum."""
         x, residual = self.input_norm.add(x, residual)
-        x = self.attention(x, context)
-        x, residual = self.mlp_norm.add(x, residual)
+        return self.attention(x, context), residual
+
+    def transform(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+        """The half in which each token is by itself: what ``attend`` returned, or some rows of it -> x and residual
+        of the next layer."""
+        x, residual = self.mlp_norm.add(self.attention.output(x), residual)
         return self.mlp(x), residual
 
 
@@ -212,7 +217,10 @@ class CausalDecoder:
         x, residual = self.embed(tokens), None  # type: Tensor, Tensor | None
         for index, layer in enumerate(self.layers):
             context.record(index, x, residual)
-            x, residual = layer(x, residual, context)
+            x, residual = layer.attend(x, residual, context)
+            if layer is self.layers[-1]:
+                x, residual = context.keep(x), context.keep(residual)
+            x, residual = layer.transform(x, residual)
         x, _ = self.norm.add(x, residual)
         context.record(self.num_layers, x)
         return x

@@ -8,9 +8,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from octavo.interfaces import AttentionNeed
 from octavo_kernels.attention import Heads, paged_attention, paged_attention_reference, plan_sections
-from octavo_kernels.backend import BalancedTritonAttention, TritonAttention
 
 
 @dataclass(frozen=True)
@@ -26,7 +24,6 @@ class Case:
     soft_cap: float | None = None
     eight_bit: bool = False
     batch_invariant: bool = False
-    shared_out: bool = False
 
     def run(self, device: torch.device, dtype: torch.dtype = torch.float16) -> tuple[torch.Tensor, torch.Tensor]:
         """The kernel's output and the reference's."""
@@ -56,14 +53,13 @@ class Case:
         num_decodes = next((i for i, length in enumerate(query_lens) if length != 1), len(query_lens))
         sections = plan_sections(
             Heads(self.num_heads, self.num_kv_heads, self.head_dim),
-            device,
+            inputs[4],
             num_rows=len(self.rows),
             num_tokens=sum(query_lens),
             num_decodes=num_decodes,
             max_query_len=max(query_lens),
             max_seq_len=max(context_lens),
             batch_invariant=self.batch_invariant,
-            seq_lens=inputs[4] if self.shared_out else None,
         )
         out = paged_attention(*inputs, sections, **settings)
         assert all(section.arrivals is None or not section.arrivals.any() for section in sections)
@@ -96,13 +92,11 @@ VERIFICATION = [(5, 90), (5, 5), (3, 64)]
         Case(DECODES, eight_bit=True),
         Case(MIXED, eight_bit=True),
         Case([(1, 1500), *MIXED], batch_invariant=True),
-        Case(DECODES, shared_out=True),
-        Case([(1, 1500), *DECODES, (1, 0), (1, 700)], shared_out=True),
-        Case([(1, 1)], shared_out=True),
-        Case([(1, 900), *MIXED], shared_out=True),
-        Case(VERIFICATION, shared_out=True),
-        Case([(5, 1200), *VERIFICATION], num_heads=8, num_kv_heads=1, window=100, shared_out=True),
-        Case([(1, 1500), *DECODES], eight_bit=True, head_dim=80, shared_out=True),
+        Case([(1, 1500), *DECODES, (1, 0), (1, 700)]),
+        Case([(1, 1)]),
+        Case([(1, 900), *MIXED]),
+        Case([(5, 1200), *VERIFICATION], num_heads=8, num_kv_heads=1, window=100),
+        Case([(1, 1500), *DECODES], eight_bit=True, head_dim=80),
     ],
     ids=str,
 )
@@ -125,13 +119,12 @@ def test_splits_go_to_the_longest_contexts(device: torch.device, lengths: list[i
     seq_lens = torch.tensor(lengths, dtype=torch.int32, device=device)
     (section,) = plan_sections(
         Heads(4, 2, 32),
-        device,
+        seq_lens,
         num_rows=len(lengths),
         num_tokens=len(lengths),
         num_decodes=len(lengths),
         max_query_len=1,
         max_seq_len=max(lengths),
-        seq_lens=seq_lens,
     )
     assert section.items is not None
     rows, first = section.items.rows.tolist(), section.items.first.tolist()
@@ -142,15 +135,6 @@ def test_splits_go_to_the_longest_contexts(device: torch.device, lengths: list[i
     tiles = [-(-length // section.tiling.block_n) for length in lengths]
     per_split = [-(-number // count) for number, count in zip(tiles, counts, strict=True)]
     assert max(per_split) <= max(1, -(-sum(tiles) // (len(rows) - len(lengths)))), "somebody's splits are too long"
-
-
-def test_splits_are_planned_without_single_lengths() -> None:
-    device = torch.device("cpu")
-    sections = plan_sections(
-        Heads(32, 8, 128), device, num_rows=1, num_tokens=1, num_decodes=1, max_query_len=1, max_seq_len=8192
-    )
-    assert [section.num_tiles for section in sections] == [1]
-    assert sections[0].num_splits > 1
 
 
 def test_batch_invariant_rows_do_not_depend_on_their_neighbours(device: torch.device) -> None:
@@ -164,7 +148,7 @@ def test_batch_invariant_rows_do_not_depend_on_their_neighbours(device: torch.de
     def run(rows: int) -> torch.Tensor:
         sections = plan_sections(
             heads,
-            device,
+            lens[:rows],
             num_rows=rows,
             num_tokens=rows,
             num_decodes=rows,
@@ -176,9 +160,3 @@ def test_batch_invariant_rows_do_not_depend_on_their_neighbours(device: torch.de
         return paged_attention(query[:rows], kv, tables[:rows], starts, lens[:rows], sections, scale=0.2)
 
     assert torch.equal(run(1)[0], run(3)[0])
-
-
-def test_splits_by_length_are_refused_where_a_row_must_not_depend_on_others() -> None:
-    need = AttentionNeed(torch.device("cpu"), torch.float16, torch.float16, 16, 64, 4, 2, batch_invariant=True)
-    (more,) = set(BalancedTritonAttention.missing(need)) - set(TritonAttention.missing(need))
-    assert "depends on the others" in more

@@ -86,7 +86,7 @@ one = linear.one_token_tiling(4096)
 print(json.dumps({
     "decode": attend(4, True, True),
     "decode, shared out": attend(4, True, True, items=True),
-    "share_out": compile(attention._share_out, 4, dict(BLOCK_N=64, BLOCK_ROWS=256, BLOCK_ITEMS=512, PDL=True)),
+    "share_out": compile(attention._share_out, 4, dict(BLOCK_N=64, BLOCK_ROWS=1024, BLOCK_ITEMS=2048, PDL=True)),
     "verification": attend(20, True, True),
     "prefill": attend(4096, False, False),
     "prefill_hopper": compile(hopper_attention._prefill_attention, 4, dict(

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from octavo.architectures import choose_model
 from octavo.attention.torch_backend import TorchAttention
+from octavo.batch import ForwardBatch
 from octavo.hooks import KernelProvider
 from octavo.interfaces import AttentionNeed, Model, Placement
 from octavo.layers.activation import TorchSiluAndMul
@@ -82,10 +83,17 @@ class PagedModel:
 
     def step(self, tokens: Mapping[int, Sequence[int]]) -> dict[int, Tensor]:
         """Tokens per sequence -> logits [num_tokens, vocab_size] per sequence."""
+        return self.sequences.split(tokens, self._model.logits(self._forward(self.sequences.batch(tokens))))
+
+    def last(self, tokens: Mapping[int, Sequence[int]]) -> Tensor:
+        """Tokens per sequence -> logits [num_rows, vocab_size] of the last ones, in the order of the step's rows, when
+        those are all that it keeps."""
         batch = self.sequences.batch(tokens)
-        context = ForwardContext(batch, self._backend, self._backend.plan(batch), self._kv)
-        hidden = self._model.forward(batch.tokens, batch.positions, context)
-        return self.sequences.split(tokens, self._model.logits(hidden[batch.logit_rows]))
+        return self._model.logits(self._forward(batch, kept=batch.query_start[1:] - 1))
+
+    def _forward(self, batch: ForwardBatch, kept: Tensor | None = None) -> Tensor:
+        context = ForwardContext(batch, self._backend, self._backend.plan(batch), self._kv, kept=kept)
+        return self._model.forward(batch.tokens, batch.positions, context)
 
 
 @pytest.fixture(autouse=True)

@@ -112,6 +112,17 @@ def test_logits_equal_transformers(variant: str, save: Save) -> None:
     check(*save(family, **changes))
 
 
+@pytest.mark.parametrize("variant", [*FAMILIES, "Llama-one-layer"])
+def test_a_step_that_keeps_some_tokens_gives_their_logits(variant: str, save: Save) -> None:
+    family, changes = VARIANTS.get(variant, (variant, {}))
+    path, _ = save(family, **changes)
+    model, _, build = load(path)
+    all_tokens, last_tokens = PagedModel(model, build), PagedModel(model, build)
+    for step in in_two_steps(ragged_sequences(), {0: 3, 1: 0, 2: 25, 3: 9}):
+        expected = torch.stack([logits[-1] for logits in all_tokens.step(step).values()])
+        torch.testing.assert_close(last_tokens.last(step), expected, rtol=1e-5, atol=1e-5)
+
+
 def test_a_sharded_checkpoint(save: Save) -> None:
     path, reference = save("Llama", shard_size="20KB")
     assert len(list(path.glob("*.safetensors"))) > 1

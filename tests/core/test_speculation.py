@@ -241,8 +241,8 @@ def test_it_never_loses(acceptance: list[float], base: float, slope: float, draf
 def test_a_fresh_start_loses_less_than_two_percent(
     size: int, rate: float, cost: float, verification: float, context: int, output: int
 ) -> None:
-    """From the first step on, whatever the window: of the 96 first tokens and of all later ones, if costs are about
-    what the sizes of the models say. Investments in reading may be under way, up to their bound."""
+    """From the first step on: of the first 96 steps and of all later ones, if costs are about what the sizes of the
+    models say."""
     plain = 1.0 + verification * size
     controller = AdaptiveController(MAX_TOKENS, cost)
     machine = Machine(
@@ -250,27 +250,51 @@ def test_a_fresh_start_loses_less_than_two_percent(
     )
     for _ in range(6):
         machine.run(controller, 96)
-        invested = min(controller._invested, AdaptiveController.MAX_INVESTED * plain)
-        assert machine.seconds - invested <= 1.02 * machine.seconds_without + 1.5 * plain
+        assert machine.seconds <= 1.02 * machine.seconds_without + 1.5 * plain
+
+
+# Measured on an H200 for a target of 8 billion parameters and a draft model of 1.2, by the number of sequences:
+# milliseconds of a plain step, of a draft and of verifying a token; tokens of context.
+MEASURED = {
+    1: (3.83, 0.7, 0.026, 128),
+    8: (4.64, 0.8, 0.015, 1024),
+    32: (5.64, 1.0, 0.014, 1024),
+    128: (10.06, 1.6, 0.02, 1024),
+}
+DRAFT_COST = 0.16
+
+
+def measured_machine(size: int, rate: float) -> Machine:
+    plain, draft, verification, context = MEASURED[size]
+    return Machine([rate] * size, plain - verification * size, verification, draft, context=context, read=0.0024)
+
+
+@pytest.mark.parametrize("size", MEASURED)
+def test_on_a_gpu_useless_drafts_cost_at_most_two_percent(size: int) -> None:
+    """Of the first 256 tokens of a fresh engine, and of those that follow."""
+    controller, machine = AdaptiveController(MAX_TOKENS, DRAFT_COST), measured_machine(size, 0.0)
+    for _ in range(3):
+        assert machine.run(controller, 256) > 0.98
 
 
 @pytest.mark.parametrize("rate", [0.6, 0.8, 1.0])
-@pytest.mark.parametrize("size", [1, 8, 32])
-def test_it_comes_near_the_best_number(size: int, rate: float) -> None:
-    """With the costs that were measured on a GPU for a target of 8 billion parameters, in milliseconds."""
-    plain = {1: 3.83, 8: 4.64, 32: 5.64}[size]
-    verification = 0.026
-    machine = Machine([rate] * size, plain - verification * size, verification, 0.7, context=1024, read=0.004)
-    controller = AdaptiveController(MAX_TOKENS, 0.2)
+@pytest.mark.parametrize("size", MEASURED)
+def test_on_a_gpu_it_comes_near_the_best_number(size: int, rate: float) -> None:
+    """But for a fifth of its gain and two percent. What gains little may not be worth reading what has been missed."""
+    controller, machine = AdaptiveController(MAX_TOKENS, DRAFT_COST), measured_machine(size, rate)
     machine.run(controller, 1000)
-    assert machine.run(controller, 500) > 1.0 + 0.7 * (machine.best() - 1.0)
+    gain = machine.best() - 1.0
+    assert machine.run(controller, 300) > 0.98 + (0.8 * gain if gain > 0.2 else 0.0)
 
 
 def test_what_does_not_pay_any_more_is_not_read() -> None:
     """Few tokens are to come, and reading the context takes longer than drafts would save."""
-    machine = Machine([1.0] * 8, context=10_000, read=0.01, output=200)
+    machine = Machine([1.0] * 8, slope=0.1, context=100_000, read=0.01, output=200)
+    machine.unread[0] = 0  # from this one it is known that drafts are right
     machine.run(AdaptiveController(MAX_TOKENS, 0.1), 190)
-    assert sum(sum(limits) for limits in machine.limits) == 0
+    num_drafts = np.array(machine.limits).sum(axis=0)
+    assert num_drafts[0] > 0
+    assert not num_drafts[1:].any()
 
 
 # --- on the engine's side --------------------------------------------------------------------------------------------

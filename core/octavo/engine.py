@@ -192,13 +192,13 @@ class Engine:
         logprobs: Sequence[TokenLogprobs] | None = None,
     ) -> SequenceOutput:
         output = SequenceOutput(request.request_id, request.index, token_ids)
-        if request.index == 0:
-            output.num_cached_tokens = request.num_cached
         if logprobs is not None:
             output.logprobs = list(logprobs[: len(token_ids)])
         first = bool(token_ids) and len(request.tokens) == request.num_prompt + len(token_ids)
         if reason is None and not first:
             return output  # most rows of most steps bring tokens and nothing else
+        if request.index == 0:
+            output.num_cached_tokens = request.num_cached
         if first:
             output.prompt_logprobs, request.prompt_logprobs = request.prompt_logprobs, None
         if reason is not None:

@@ -11,7 +11,7 @@ import bisect
 import enum
 import logging
 import time
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
@@ -117,16 +117,23 @@ class StepShapes:
     ``max_row_tokens``: rows of up to so many tokens come often, as drafts are verified.
     """
 
-    MAX_SHORT_TOKENS: ClassVar[int] = 1024  # starting the kernels of a larger step takes less than running them
+    # Starting the kernels of a step with more of them takes less than running them.
+    MAX_SHORT_TOKENS: ClassVar[int] = 1024  # of short rows
+    MAX_PROMPT_TOKENS: ClassVar[int] = 512  # of prompts, alone or beside decodes
+    # Fill the tiles of matrix products: on an H200 cuBLAS takes for 400 tokens as long as for 512, for 448 even longer.
+    WHOLE_TILES: ClassVar[Sequence[int]] = (64, 128, 192, 256, 320, 384, 512, 640, 768)
 
     def __init__(self, max_num_seqs: int, max_row_tokens: int = 1) -> None:
-        sizes = [1, 2, 4, *range(8, 64, 8), *range(64, 256, 16), *range(256, max_num_seqs, 64)]
+        sizes = [1, 2, 4, *range(8, 64, 8), *range(64, 256, 16), *range(256, 384, 64), *range(384, max_num_seqs, 128)]
         self._rows = [*(size for size in sizes if size < max_num_seqs), max_num_seqs]
-        decodes = [*(size for size in (16, 64, 128, 192) if size < max_num_seqs), min(max_num_seqs, 256)]
-        # A few prompts, alone or beside decodes: all that is not so large that the host is faster than the device.
-        prompts = (64, 128, 192, 256, 384, 512)
-        self._mixed = [StepShape(rows, 4, tokens, tokens) for tokens in prompts for rows in (0, *decodes)]
-        self._mixed.sort(key=lambda shape: shape.num_tokens)
+        longest = self.MAX_PROMPT_TOKENS
+        self._mixed = [
+            StepShape(rows, 4, tokens, tokens)
+            for rows in (0, *(size for size in (16, 64, 128, 192) if size < max_num_seqs), min(max_num_seqs, 256))
+            for tokens in sorted({longest, *(whole - rows for whole in self.WHOLE_TILES)})
+            if 32 <= tokens <= longest
+        ]
+        self._mixed.sort(key=lambda shape: (shape.num_tokens, shape.num_decodes))
         self._max_row_tokens = max_row_tokens
         # room for all rows to have the most tokens, or two, or something in between
         lengths = sorted({2, (max_row_tokens + 2) // 2, max_row_tokens}) if max_row_tokens > 1 else []
@@ -235,9 +242,8 @@ class StepGraphs:
         ``rows.sampled``. ``draws`` are for those; None: nothing is drawn.
         """
         captured = self._captured[shape]
-        packed = np.empty(len(captured.flat), np.int64)
-        where = self._fill(StepInputs.views(shape, packed), shape, rows, draws)
-        host = torch.from_numpy(packed)
+        where = self._fill(captured.numbers, shape, rows, draws)
+        host = captured.host
         captured.flat.copy_(host.pin_memory() if self._device.type == "cuda" else host, non_blocking=True)
         captured.run()
         return captured.output, where
@@ -294,9 +300,10 @@ class StepGraphs:
         if len(self._inputs) < size:  # earlier graphs keep the one that they were captured with
             self._inputs = torch.zeros(size, dtype=torch.int64, device=self._device)
         flat = self._inputs[:size]
-        nothing = np.empty(size, np.int64)
-        self._fill(StepInputs.views(shape, nothing), shape, RowArrays.of(()), None)
-        flat.copy_(torch.from_numpy(nothing))
+        host = np.empty(size, np.int64)
+        numbers = StepInputs.views(shape, host)
+        self._fill(numbers, shape, RowArrays.of(()), None)
+        flat.copy_(torch.from_numpy(host))
         inputs = StepInputs.views(shape, flat)
         kind = shape.choice, shape.every_token
         if kind not in self._capturable:
@@ -304,7 +311,7 @@ class StepGraphs:
         if not self._capturable[kind]:
             return None
         try:
-            self._captured[shape] = _Captured(flat, *self._capture(inputs, shape))
+            self._captured[shape] = _Captured(flat, torch.from_numpy(host), numbers, *self._capture(inputs, shape))
         except RuntimeError as error:  # what is not allowed in a capture, or no memory left: steps go on without
             logger.warning("no CUDA graph for %s: %s", shape, str(error).splitlines()[0])
             self._capturable[kind] = False
@@ -353,5 +360,7 @@ class _Captured(NamedTuple):
     """A step that is started with one call."""
 
     flat: Tensor  # the inputs
+    host: Tensor  # the same on the host, for the next replay
+    numbers: StepInputs  # pieces of that
     run: Callable[[], object]
     output: Tensor

@@ -75,8 +75,8 @@ class SequenceOutput(msgspec.Struct, array_like=True, gc=False):
     prompt_logprobs: list[TokenLogprobs | None] | None = None  # one per prompt token, the first None; sent once
     finish_reason: FinishReason | None = None
     stop_token_id: int | None = None  # the token that ended it, when a token did
-    num_cached_tokens: int = 0
-    timing: Timing | None = None  # with the first tokens, then with the finish reason
+    num_cached_tokens: int = 0  # of the prompt; with the first tokens, then with the finish reason
+    timing: Timing | None = None  # with the same
     error: str | None = None  # with FinishReason.ERROR
 
 

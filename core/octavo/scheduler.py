@@ -142,7 +142,7 @@ class Scheduler:
         block_size = self.blocks.block_size
         prompts = []
         for request in tuple(self.running.values()):
-            num_known = request.num_known
+            num_known = len(request.tokens) + request.num_pending  # its num_known, without a call for each row
             num_missing = num_known - request.num_computed
             if num_missing == 0 or num_known >= request.max_total_tokens:
                 continue
@@ -301,11 +301,11 @@ class Scheduler:
             if current:
                 request.drafts = []
                 request.num_computed = num_computed
-        reason = None
-        for count, token in enumerate(tokens, 1):
+        reason, num_before = None, len(request.tokens)
+        for token in tokens:
             reason = request.append(token)
             if reason is not None:
-                tokens = tokens[:count]
+                tokens = tokens[: len(request.tokens) - num_before]
                 num_computed = min(num_computed, len(request.tokens))
                 break
         if current and num_computed >= (request.num_stored + 1) * self.blocks.block_size:

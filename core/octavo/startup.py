@@ -245,7 +245,7 @@ def build_engine(resolved: Resolved) -> Engine:
 
     processors = make_processors(list(host.logits_processors().values()), target.vocab_size, device)
     use_graphs = device.type == "cuda" and target.backend.capturable and not config.enforce_eager
-    if compilers:
+    if device.type == "cuda":
         with clock.measure("kernels"):
             compile_kernels(compilers, target, max_num_batched_tokens)
     with clock.measure("memory"):
@@ -544,7 +544,7 @@ def make_compilers(host: PluginHost, device: torch.device, num_workers: int | No
 
 
 def compile_kernels(compilers: Sequence[KernelCompiler], target: _LoadedModel, max_num_batched_tokens: int) -> None:
-    """Have everything compiled at once that the usual steps launch.
+    """Launch the usual steps, for what only a first launch does. Most of that is compiling; compilers do it at once.
 
     What some step lacks does not follow from what another one does: a cache may hold a part of the kernels.
     """
@@ -559,8 +559,9 @@ def compile_kernels(compilers: Sequence[KernelCompiler], target: _LoadedModel, m
             stack.enter_context(compiler)
         steps = usual_steps(*limits, num_blocks)
         steps += [decode_step(rows, config.block_size) for rows in (32, 64) if rows < config.max_num_seqs]
-        steps.append(sampling_step(config.max_num_seqs, config.block_size))
-        for step in steps:
+        # what takes longest to compile begins first: filters, then attention for long rows
+        steps.sort(key=lambda step: -step.rows[-1].num_tokens)
+        for step in (sampling_step(config.max_num_seqs, config.block_size), *steps):
             runner.launch(step)
     num_compiled = sum(compiler.num_compiled for compiler in compilers)
     if num_compiled:
@@ -570,18 +571,17 @@ def compile_kernels(compilers: Sequence[KernelCompiler], target: _LoadedModel, m
 def _measure_activations(
     target: _LoadedModel, max_num_batched_tokens: int, num_drafts: int, use_graphs: bool
 ) -> Activations:
-    """On a GPU: run the largest step, and compile what others need."""
+    """On a GPU: what the largest step takes, and what a captured one does."""
     config, device = target.config, target.placement.device
     assert config.max_model_len is not None
-    limits = (config.max_num_seqs, max_num_batched_tokens, config.max_model_len, config.block_size)
-    largest = largest_step(*limits, num_drafts)
-    num_blocks = max(len(largest.rows[0].request.blocks), 512 // config.block_size)
+    largest = largest_step(
+        config.max_num_seqs, max_num_batched_tokens, config.max_model_len, config.block_size, num_drafts
+    )
+    num_blocks = len(largest.rows[0].request.blocks)
     peak = measure_peak(device, lambda: target.make_runner(num_blocks).launch(largest))
-    runner = target.make_runner(num_blocks)
-    for step in usual_steps(*limits, num_blocks):
-        runner.launch(step)
     if not use_graphs:
         return Activations(peak)
+    runner = target.make_runner(num_blocks)
     decode = decode_step(config.max_num_seqs, config.block_size)
     graphs = measure_peak(device, lambda: runner.launch(decode))
     if num_drafts:  # a captured step with drafts has more tokens, and a draft model has graphs of its own

@@ -20,6 +20,7 @@ from octavo_kernels.launch import Device, describe, power_of_two
 
 MAX_SPLITS = 64
 PROGRAMS_PER_PROCESSOR = 3  # how many programs a split of the context aims at; measured on an H200
+SHARED_ROWS = 256  # up to so many rows share out splits by the same kernel: few are compiled, and it is small
 INVARIANT_SPLIT_TOKENS = 1024
 LOG2_E = 1.4426950408889634
 
@@ -96,7 +97,10 @@ def _attend_range(
     return accumulator, maximum, total
 
 
-@triton.jit(do_not_specialize=["num_rows", "num_items", "num_extra"])
+@triton.jit(
+    do_not_specialize=["num_rows", "num_items", "num_extra"],
+    do_not_specialize_on_alignment=["seq_lens_ptr"],
+)
 def _share_out(
     item_rows_ptr,
     first_items_ptr,
@@ -106,7 +110,6 @@ def _share_out(
     num_extra,
     BLOCK_N: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
-    BLOCK_ITEMS: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """One program. Rows get as many items (splits) as their contexts ask for: one each, and up to ``num_extra`` more
@@ -126,11 +129,15 @@ def _share_out(
     tl.store(first_items_ptr + num_rows, total)
     for step in range(tl.max(count)):
         tl.store(item_rows_ptr + first + step, row, mask=step < count)
-    item = tl.arange(0, BLOCK_ITEMS)
-    tl.store(item_rows_ptr + item, tl.full((BLOCK_ITEMS,), -1, tl.int32), mask=(item >= total) & (item < num_items))
+    nobody = tl.full((BLOCK_ROWS,), -1, tl.int32)
+    for start in range(total, num_items, BLOCK_ROWS):
+        tl.store(item_rows_ptr + start + row, nobody, mask=start + row < num_items)
 
 
-@triton.jit(do_not_specialize=["first_row", "num_rows", "num_splits", "block_tables_stride"])
+@triton.jit(
+    do_not_specialize=["first_row", "num_rows", "num_splits", "block_tables_stride"],
+    do_not_specialize_on_alignment=["query_start_ptr", "seq_lens_ptr"],  # pieces of a step's numbers
+)
 def _paged_attention(
     out_ptr,
     partial_ptr,
@@ -384,27 +391,45 @@ def plan_sections(
     max_query_len: int,
     max_seq_len: int,
     batch_invariant: bool = False,
+    split_prompts: bool = True,
 ) -> list[Section]:
     """Cut a batch into launches from numbers that the host knows; the first ``num_decodes`` rows have one query each.
 
     Nothing that the host decides depends on the lengths of single sequences, so a captured graph serves any of them up
     to ``max_seq_len``. Splits of rows with few queries are shared out on the device, by ``seq_lens`` [num_rows] int32:
     a long context beside short ones takes many programs, not one for all the time that the step takes. A row that must
-    not depend on its neighbours has splits of a fixed length instead.
+    not depend on its neighbours, or has none, is cut into splits of equal length.
+
+    ``split_prompts``: whether rows of more than a tile of queries are split as well, when they do not fill the device.
     """
     device = seq_lens.device
     figures = describe(device)
+
+    def short(rows: int, tokens: int, query_len: int) -> Section:
+        if rows > 1 and not batch_invariant:
+            return _shared_out(heads, figures, rows, query_len, seq_lens)
+        return _section(heads, figures, device, 0, rows, tokens, query_len, max_seq_len, batch_invariant)
+
     if max_query_len * heads.group <= 64 and not batch_invariant:
-        return [_shared_out(heads, figures, num_rows, max_query_len, seq_lens)]
+        return [short(num_rows, num_tokens, max_query_len)]
     sections = []
-    if num_decodes and not batch_invariant:
-        sections.append(_shared_out(heads, figures, num_decodes, 1, seq_lens))
-    elif num_decodes:
-        sections.append(_section(heads, figures, device, 0, num_decodes, num_decodes, 1, max_seq_len, batch_invariant))
+    if num_decodes:
+        sections.append(short(num_decodes, num_decodes, 1))
     if num_rows > num_decodes:
         rest, tokens = num_rows - num_decodes, num_tokens - num_decodes
         sections.append(
-            _section(heads, figures, device, num_decodes, rest, tokens, max_query_len, max_seq_len, batch_invariant)
+            _section(
+                heads,
+                figures,
+                device,
+                num_decodes,
+                rest,
+                tokens,
+                max_query_len,
+                max_seq_len,
+                batch_invariant,
+                split_prompts,
+            )
         )
     return sections
 
@@ -419,6 +444,7 @@ def _section(
     max_query_len: int,
     max_seq_len: int,
     batch_invariant: bool,
+    split_prompts: bool = True,
 ) -> Section:
     rows_per_tile = max_query_len * heads.group
     if batch_invariant and max_query_len > 1:
@@ -431,6 +457,8 @@ def _section(
     if batch_invariant:
         split_tiles = INVARIANT_SPLIT_TOKENS // shape.block_n
         num_splits = -(-context_tiles // split_tiles)
+    elif not (one_tile or split_prompts):
+        split_tiles, num_splits = 0, 1
     else:
         split_tiles = 0
         programs = figures.num_processors * (PROGRAMS_PER_PROCESSOR if shape.block_m <= 64 else 1)
@@ -466,8 +494,7 @@ def _shared_out(heads: Heads, figures: Device, num_rows: int, max_query_len: int
         num_items,
         num_extra,
         BLOCK_N=shape.block_n,
-        BLOCK_ROWS=max(1024, power_of_two(num_rows)),  # one kernel for all usual numbers of rows
-        BLOCK_ITEMS=max(2048, power_of_two(num_items)),
+        BLOCK_ROWS=max(SHARED_ROWS, power_of_two(num_rows)),
         PDL=figures.dependent_launch,
         **figures.options,
     )

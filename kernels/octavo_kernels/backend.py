@@ -27,6 +27,7 @@ class TritonAttention(AttentionBackend):
 
     name: ClassVar[str] = "triton"
     capturable: ClassVar[bool] = True
+    _split_prompts: ClassVar[bool] = True  # see plan_sections
 
     def __init__(self, need: AttentionNeed) -> None:
         self._need = need
@@ -57,6 +58,7 @@ class TritonAttention(AttentionBackend):
             max_query_len=batch.max_query_len,
             max_seq_len=batch.max_seq_len,
             batch_invariant=self._need.batch_invariant,
+            split_prompts=self._split_prompts,
         )
 
     def attend(

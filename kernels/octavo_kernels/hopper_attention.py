@@ -226,7 +226,10 @@ def _attend_rows(
     gl.store(out_ptr + offsets[:, None] + d[None, :], result, mask=valid[:, None])
 
 
-@gluon.jit(do_not_specialize=["first_row", "num_rows", "block_tables_stride"])
+@gluon.jit(
+    do_not_specialize=["first_row", "num_rows", "block_tables_stride"],
+    do_not_specialize_on_alignment=["query_start_ptr", "seq_lens_ptr"],  # pieces of a step's numbers
+)
 def _prefill_attention(
     out_ptr,
     query_ptr,
@@ -390,5 +393,5 @@ def prefill_attention(
 
 
 def serves(section: Section) -> bool:
-    """Whether ``prefill_attention`` computes this section: enough tiles of full height to need no splits."""
+    """Whether ``prefill_attention`` computes this section: tiles of full height, several to a row, without splits."""
     return section.tiling.block_m == BLOCK_M and section.num_splits == 1 and not section.one_tile

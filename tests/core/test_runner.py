@@ -368,6 +368,16 @@ def test_there_is_a_shape_for_a_few_prompts_alone() -> None:
     assert (shape.num_decodes, shape.num_longer, shape.num_tokens) == (0, 4, 256)
 
 
+def test_prompts_beside_decodes_fill_whole_tiles() -> None:
+    shapes = StepShapes(256)
+    for num_decodes in (0, 8, 60, 100, 250):
+        for num_tokens in range(2, StepShapes.MAX_PROMPT_TOKENS + 1, 10):
+            shape = shapes.find(arrays(*[1] * num_decodes, num_tokens), Choice.LIKELIEST)
+            assert shape is not None
+            assert shape.num_tokens in StepShapes.WHOLE_TILES or shape.num_longer_tokens == StepShapes.MAX_PROMPT_TOKENS
+            assert shape.num_tokens - num_decodes - num_tokens < 192
+
+
 def test_there_is_a_shape_for_any_number_of_drafts_a_row() -> None:
     shapes = StepShapes(256, max_row_tokens=5)
     for query_lens, expected in (

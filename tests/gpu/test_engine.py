@@ -50,10 +50,12 @@ def generate(engine: Engine, params: SamplingParams | Sequence[SamplingParams] =
     return tokens
 
 
-def test_float32_tokens_are_those_of_a_cpu(tiny_llama: Path) -> None:
-    on_gpu = engine(tiny_llama, dtype="float32")
+@pytest.mark.parametrize("model", ["tiny_llama", "smollm2"])
+def test_float32_tokens_are_those_of_a_cpu(model: str, request: pytest.FixtureRequest) -> None:
+    path = request.getfixturevalue(model)
+    on_gpu = engine(path, dtype="float32", max_model_len=256)
     assert on_gpu.info.attention_backend == "torch"
-    assert generate(on_gpu) == generate(engine(tiny_llama, dtype="float32", device="cpu"))
+    assert generate(on_gpu) == generate(engine(path, dtype="float32", max_model_len=256, device="cpu"))
 
 
 def test_graphs_and_overlap_change_nothing(tiny_llama: Path) -> None:

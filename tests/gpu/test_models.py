@@ -24,7 +24,7 @@ from octavo.engine import Engine
 from octavo.interfaces import AttentionNeed, Placement
 from octavo.layers.attention import ForwardContext
 from octavo.layers.builder import Builder
-from octavo.loader import CheckpointLoader, HuggingFaceFolder
+from octavo.loader import CheckpointLoader
 from octavo.messages import Command, Shutdown, StepOutputs, Submit, TokenLogprobs
 from octavo.operations import Operations
 from octavo.plugins import PluginHost, Selection, select
@@ -80,7 +80,12 @@ def logits_of_transformers(path: Path, dtype: torch.dtype) -> Tensor:
 
     The model is read anew for each dtype: converting one would round the frequencies of its rotary embedding too.
     """
-    model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=dtype).to(CUDA).eval()
+    return logits_of(transformers.AutoModelForCausalLM.from_pretrained(path, dtype=dtype))
+
+
+def logits_of(model: transformers.PreTrainedModel) -> Tensor:
+    """As of :func:`logits_of_transformers`."""
+    model = model.to(CUDA).eval()
     inputs = [torch.tensor([tokens], device=CUDA) for tokens in ragged().values()]
     return torch.cat([model(ids).logits[0] for ids in inputs]).float()
 
@@ -90,13 +95,14 @@ class GpuModel:
 
     def __init__(self, path: Path, kv_dtype: torch.dtype = torch.bfloat16) -> None:
         self.host = PluginHost(select(Selection.parse(None), {}))
-        folder = HuggingFaceFolder(path)
-        config = folder.config()
+        resolved = resolve(EngineConfig(model=str(path), device="cuda"))
         loader = CheckpointLoader(
-            folder.weights(), Placement(CUDA, torch.bfloat16), Operations(BUILTIN_KERNELS, self.host.kernels())
+            resolved.checkpoint.weights(),
+            Placement(CUDA, torch.bfloat16),
+            Operations(BUILTIN_KERNELS, self.host.kernels()),
         )
         build = Builder(loader, max_model_len=MAX_MODEL_LEN)
-        self._model = choose_model(config, self.host.models())(config, build)
+        self._model = choose_model(resolved.model_config, self.host.models())(resolved.model_config, build)
         specs = build.attention_specs
         need = AttentionNeed(
             device=CUDA,
@@ -145,6 +151,15 @@ def in_steps(sequences: Mapping[int, list[int]]) -> list[dict[int, list[int]]]:
     return [{name: tokens for name, tokens in step.items() if tokens} for step in steps]
 
 
+def logits_of_ours(path: Path) -> Tensor:
+    """As of :func:`logits_of_transformers`, over several steps."""
+    steps, model = in_steps(ragged()), GpuModel(path)
+    for compiler in make_compilers(model.host, CUDA, 8):
+        with compiler:
+            model.run(steps)
+    return torch.cat(list(model.run(steps).values()))
+
+
 def relative_error(value: Tensor, reference: Tensor) -> float:
     return float((value.float() - reference).norm() / reference.norm())
 
@@ -154,15 +169,28 @@ def relative_error(value: Tensor, reference: Tensor) -> float:
 def test_logits_are_as_near_to_float32_as_those_of_transformers(variant: str, tmp_path: Path) -> None:
     family, changes = VARIANTS[variant]
     save(tmp_path, family, **changes)
-    steps = in_steps(ragged())
-    model = GpuModel(tmp_path)
-    for compiler in make_compilers(model.host, CUDA, 8):
-        with compiler:
-            model.run(steps)
-    ours = torch.cat(list(model.run(steps).values()))
     exact = logits_of_transformers(tmp_path, torch.float32)
     theirs = relative_error(logits_of_transformers(tmp_path, torch.bfloat16), exact)
-    assert relative_error(ours, exact) < 1.15 * theirs < 0.05
+    assert relative_error(logits_of_ours(tmp_path), exact) < 1.15 * theirs < 0.05
+
+
+@torch.inference_mode()
+def test_logits_of_a_real_model_are_as_near(smollm2: Path) -> None:
+    resolved = resolve(EngineConfig(model=str(smollm2)))
+    weights = resolved.checkpoint.weights()
+    state = {name: weights.read(name) for name in weights.names()}
+
+    def reference(dtype: torch.dtype) -> Tensor:
+        model = transformers.AutoModelForCausalLM.from_config(
+            transformers.LlamaConfig(**resolved.model_config), dtype=dtype
+        )
+        model.load_state_dict(state, strict=False)
+        model.tie_weights()
+        return logits_of(model)
+
+    exact = reference(torch.float32)
+    theirs = relative_error(reference(torch.bfloat16), exact)
+    assert relative_error(logits_of_ours(smollm2), exact) < 1.15 * theirs < 0.05
 
 
 @torch.inference_mode()
@@ -181,6 +209,7 @@ def engine(model: Path, **options: Any) -> Engine:
         "dtype": "bfloat16",
         "num_blocks": 256,
         "max_num_seqs": 6,
+        "max_model_len": 256,
         "enforce_eager": True,
     }
     return build_engine(resolve(EngineConfig(model=str(model), **{**settings, **options})))
@@ -226,11 +255,13 @@ def noise(ours: Mapping[str, list[TokenLogprobs]], exact: Mapping[str, list[Toke
     return math.sqrt(statistics.fmean(error * error for error in errors))
 
 
-def test_greedy_text_is_that_of_a_cpu_but_for_ties(tiny_llama: Path) -> None:
-    params = SamplingParams(temperature=0.0, max_tokens=24, logprobs=5)
-    on_gpu = generate(engine(tiny_llama), PROMPTS, params)
-    on_cpu = generate(engine(tiny_llama, device="cpu"), PROMPTS, params)
-    exact = generate(engine(tiny_llama, device="cpu", dtype="float32"), PROMPTS, params)
+@pytest.mark.parametrize("model", ["tiny_llama", "smollm2"])
+def test_greedy_text_is_that_of_a_cpu_but_for_ties(model: str, request: pytest.FixtureRequest) -> None:
+    path = request.getfixturevalue(model)
+    params = SamplingParams(temperature=0.0, max_tokens=24, logprobs=5, ignore_eos=True)
+    on_gpu = generate(engine(path), PROMPTS, params)
+    on_cpu = generate(engine(path, device="cpu"), PROMPTS, params)
+    exact = generate(engine(path, device="cpu", dtype="float32"), PROMPTS, params)
     assert noise(on_gpu, exact) < 1.5 * noise(on_cpu, exact)
     # the difference of two log-probabilities has a standard deviation of sqrt(2) noise: four of them are a tie
     tie = 4 * math.sqrt(2) * noise(on_gpu, exact)

@@ -114,7 +114,7 @@ def test_a_long_context_is_split_and_repeats_bit_by_bit(device: torch.device) ->
     assert torch.equal(results[0], results[2])
 
 
-@pytest.mark.parametrize("lengths", [[1], [0, 5000], [64] * 7, [8000, *[100] * 40], [3000, 1, 64, 65, 129, 2000]])
+@pytest.mark.parametrize("lengths", [[1, 1], [0, 5000], [64] * 7, [8000, *[100] * 40], [3000, 1, 64, 65, 129, 2000]])
 def test_splits_go_to_the_longest_contexts(device: torch.device, lengths: list[int]) -> None:
     seq_lens = torch.tensor(lengths, dtype=torch.int32, device=device)
     (section,) = plan_sections(
@@ -135,6 +135,40 @@ def test_splits_go_to_the_longest_contexts(device: torch.device, lengths: list[i
     tiles = [-(-length // section.tiling.block_n) for length in lengths]
     per_split = [-(-number // count) for number, count in zip(tiles, counts, strict=True)]
     assert max(per_split) <= max(1, -(-sum(tiles) // (len(rows) - len(lengths)))), "somebody's splits are too long"
+
+
+@pytest.mark.parametrize(("num_rows", "batch_invariant"), [(1, False), (3, True)])
+def test_splits_are_even_where_a_row_is_alone(num_rows: int, batch_invariant: bool) -> None:
+    sections = plan_sections(
+        Heads(32, 8, 128),
+        torch.tensor([8000] * num_rows, dtype=torch.int32),
+        num_rows=num_rows,
+        num_tokens=num_rows,
+        num_decodes=num_rows,
+        max_query_len=1,
+        max_seq_len=8192,
+        batch_invariant=batch_invariant,
+    )
+    assert [section.num_tiles for section in sections] == [num_rows]
+    assert [section.items for section in sections] == [None]
+    assert sections[0].num_splits > 1
+
+
+@pytest.mark.parametrize("split_prompts", [True, False])
+def test_a_short_prompt_is_split_unless_its_kernel_does_without(split_prompts: bool) -> None:
+    decodes, prompts = plan_sections(
+        Heads(4, 1, 128),
+        torch.ones(4, dtype=torch.int32),
+        num_rows=4,
+        num_tokens=3 + 40,
+        num_decodes=3,
+        max_query_len=40,
+        max_seq_len=8192,
+        split_prompts=split_prompts,
+    )
+    assert (decodes.num_rows, prompts.num_rows) == (3, 1)
+    assert decodes.items is not None
+    assert (prompts.partial is not None) == split_prompts
 
 
 def test_batch_invariant_rows_do_not_depend_on_their_neighbours(device: torch.device) -> None:

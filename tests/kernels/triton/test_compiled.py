@@ -38,7 +38,10 @@ def compile(kernel, num_warps, constants, make=ASTSource, registers=None, **type
             return "fp32"
         return types.get(name) or TYPES.get(name) or ("*bf16" if name.endswith("_ptr") else "i32")
     names = kernel.arg_names
-    aligned = [i for i, name in enumerate(names) if name.endswith(("_ptr", "stride"))]
+    aligned = [
+        param.num for param in kernel.params if param.name.endswith(("_ptr", "stride"))
+        and not (param.do_not_specialize or param.do_not_specialize_on_alignment)
+    ]
     source = make(
         kernel, {name: kind(name) for name in names}, constants, {(i,): [["tt.divisibility", 16]] for i in aligned}
     )
@@ -86,7 +89,7 @@ one = linear.one_token_tiling(4096)
 print(json.dumps({
     "decode": attend(4, True, True),
     "decode, shared out": attend(4, True, True, items=True),
-    "share_out": compile(attention._share_out, 4, dict(BLOCK_N=64, BLOCK_ROWS=1024, BLOCK_ITEMS=2048, PDL=True)),
+    "share_out": compile(attention._share_out, 4, dict(BLOCK_N=64, BLOCK_ROWS=256, PDL=True)),
     "verification": attend(20, True, True),
     "prefill": attend(4096, False, False),
     "prefill_hopper": compile(hopper_attention._prefill_attention, 4, dict(

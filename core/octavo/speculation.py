@@ -6,7 +6,6 @@ stands here decides how many guesses to ask for. No torch here.
 
 from __future__ import annotations
 
-import math
 from collections import deque
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -151,8 +150,8 @@ class Prospect(NamedTuple):
     """A sequence that may get drafts, and what speaks against it."""
 
     key: Hashable
-    num_unread: int = 0  # tokens that the drafter has to read first
-    num_expected: float = math.inf  # tokens that the sequence is likely to bring yet
+    num_unread: int  # tokens that the drafter has to read first
+    num_expected: float  # tokens that the sequence is likely to bring yet
 
 
 class Controller(Protocol):
@@ -221,8 +220,8 @@ class AdaptiveController:
     The rates must be tried out, and trying costs; so does reading, for a drafter with a model of its own: a sequence's
     whole context before its first draft. One balance is kept, in seconds: whatever a step with drafts took longer than
     plain steps would have for the same tokens is taken from it, what drafts gain and ``ALLOWANCE`` of all time that
-    passes is added. A trial, one draft for a few sequences, may leave a debt of ``TRIAL_DEBT`` plain steps. Where drafts
-    promise to gain, reading may leave one of ``MAX_DEBT``, if the sequence is likely to bring its part in again. So the
+    passes is added. A trial, one draft for a few sequences, may leave a debt of ``TRIAL_DEBT`` plain steps. If drafts
+    promise to gain, reading may leave one of ``MAX_DEBT``, where sequences are likely to bring it in again. So the
     loss is bounded whatever happens: in the long run by ``ALLOWANCE`` of the time.
 
     Nothing here is random and no clock is read: the same measurements lead to the same choices.
@@ -295,8 +294,7 @@ class AdaptiveController:
                 plain = self._plain[size].value
                 gain = plain * num_tokens / len(limits) - max(seconds, plain)
                 self._learn(limits, seconds, num_read, plain)
-        most = self.MAX_CREDIT * seconds
-        self._balance = min(self._balance + gain + self.ALLOWANCE * seconds, most)
+        self._balance = min(self._balance + gain + self.ALLOWANCE * seconds, self.MAX_CREDIT * seconds)
         return gain
 
     def measure_prompts(self, num_tokens: int, seconds: float) -> None:
@@ -361,7 +359,7 @@ class AdaptiveController:
         # powers[s, i - 1]: the probability that the i-th draft of sequence s counts
         powers = rates[:, None] ** np.arange(1, self._num_tokens + 1)
         verifying = self._token_time() * num_sequences / plain  # tokens that come in the time that a draft's takes
-        worth = np.maximum(1, (powers >= verifying).sum(axis=1))  # without any, no more would be learned of a sequence
+        worth = np.maximum((powers >= verifying).sum(axis=1), 1)  # with none, no more would be learned of a sequence
         order = np.argsort(reading, kind="stable")
         affordable = np.empty(num_sequences, bool)
         affordable[order] = np.cumsum(reading[order]) <= self._balance + self.MAX_DEBT * plain
@@ -369,11 +367,11 @@ class AdaptiveController:
         for depth in range(1, self._num_tokens + 1):
             limits = np.minimum(worth, depth)
             num_new = 1.0 + np.where(np.arange(depth) < limits[:, None], powers[:, :depth], 0.0).sum(axis=1)
-            # what a sequence's part of a step with drafts for all saves, in plain steps for one sequence
-            fixed = self._added(limits, plain) - verifying * limits.mean()
-            saved = num_new - 1.0 - fixed - verifying * limits
-            with np.errstate(invalid="ignore"):
-                saving = saved / num_new * num_expected * plain / num_sequences
+            # what drafts for all bring to a sequence in a step, less the tokens it would have had in the time that its
+            # own verification and its part of the rest take
+            rest = self._added(limits, plain) - verifying * limits.mean()
+            saved = num_new - 1.0 - verifying * limits - rest
+            saving = saved / num_new * num_expected * plain / num_sequences
             joins = (reading == 0.0) | (affordable & (self.RETURN * reading < saving))
             limits = np.where(joins, limits, 0)
             if not joins.any():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import hypothesis.strategies as st
@@ -35,7 +34,7 @@ class Machine:
         *,
         context: int = 0,
         read: float = 0.0,
-        output: float = math.inf,
+        output: float = 1e6,
     ) -> None:
         self.acceptance = list(acceptance)
         self.base, self.slope, self.draft, self.read = base, slope, draft, read

@@ -50,7 +50,7 @@ class Sizes:
     repeats: int
 
 
-GPU = Sizes(64, 4096, 64, 16, 128, 1024, 64, 256, 2)
+GPU = Sizes(64, 4096, 64, 16, 128, 1024, 64, 256, 3)
 CPU = Sizes(16, 512, 16, 4, 16, 256, 16, 12, 3)
 
 
@@ -161,18 +161,24 @@ def main() -> None:
     bench = Bench(octavo, *((CPU, time.process_time) if args.cpu else (GPU, time.perf_counter)))
     bench.seconds(bench.requests(8, [], 300, 8))  # whatever is slow the first time
     result: dict[str, Any] = {"sizes": {name: getattr(bench.sizes, name) for name in bench.sizes.__slots__}}
+
+    def save() -> None:
+        if args.save is not None:
+            report.save(args.save, "benchmarks/prefix.py", {"parts": list(parts), "cpu": args.cpu}, result)
+
     if "together" in parts:
         table = Table()
         result["together_seconds"] = together(bench)
         for name, seconds in result["together_seconds"].items():
             none = Anchor(None, float("nan"), float("inf"), None)
             table.add(f"shared prefix, {name}", "s", none if args.cpu else TOGETHER[name], seconds)
+        save()
     if "shared" in parts:
         result["shared"] = shared(bench)
+        save()
     if "cost" in parts:
         result["cost_seconds"] = cost(bench)
-    if args.save is not None:
-        report.save(args.save, "benchmarks/prefix.py", {"parts": list(parts), "cpu": args.cpu}, result)
+        save()
 
 
 if __name__ == "__main__":

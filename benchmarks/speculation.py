@@ -80,7 +80,8 @@ class Bench:
         self.num_tokens = num_tokens
         speculation = self.engine._speculation
         assert isinstance(speculation, Speculation)
-        self._speculation = speculation
+        assert isinstance(speculation._controller, AdaptiveController)
+        self._draft_cost = speculation._controller._draft_cost
         model: Any = self.engine.runner.model
         for layer in model.layers[NUM_DRAFT_LAYERS:]:
             layer.attention.output.method.weight.zero_()
@@ -92,10 +93,16 @@ class Bench:
         self._name = 0
 
     def speculate(self, controller: Controller | None) -> None:
-        """From now on with this controller; None: without speculation."""
-        self.engine._speculation = NoSpeculation() if controller is None else self._speculation
-        if controller is not None:
-            self._speculation._controller = controller
+        """From now on with this controller, which knows nothing yet; None: without speculation."""
+        self.engine._speculation = (
+            NoSpeculation()
+            if controller is None
+            else Speculation(self._drafter, controller, self.engine.scheduler, self.num_tokens)
+        )
+
+    def adapt(self) -> AdaptiveController:
+        """The controller of a new engine."""
+        return AdaptiveController(self.num_tokens, self._draft_cost)
 
     def forget(self) -> None:
         """As in a new engine: the draft model has read nothing yet."""
@@ -158,18 +165,18 @@ def prompts_of(bench: Bench, count: int, seed: int) -> list[list[int]]:
     return [list(request.token_ids or ()) for request in made]
 
 
-def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    """All rows."""
+def measure(args: argparse.Namespace, folder: Path) -> None:
+    """Every row, printed and saved as soon as it is there."""
     bench = Bench(folder, args.num_tokens)
+    arguments = {"num_tokens": args.num_tokens, "output_tokens": args.output_tokens}
     print("start-up", bench.engine.info.startup_seconds, flush=True)
     prompts = {batch: prompts_of(bench, batch, seed=batch) for batch in args.batches}
-    plain = {}
+    plain, rows = {}, []
     bench.speculate(None)
     for batch, batch_prompts in prompts.items():
         bench.run(batch_prompts, 4)  # into the prefix cache
         plain[batch] = min(bench.run(batch_prompts, args.output_tokens).seconds for _ in range(2))
         print(f"plain, batch {batch}: {plain[batch] / args.output_tokens * 1e3:.3f} ms a token", flush=True)
-    rows = []
     header = f"{'acceptance':>10}{'batch':>6}{'measured':>9}{'length':>8}{'drafted':>8}{'first':>8}{'then':>8}"
     print(header)
     calibration = prompts_of(bench, 16, seed=99)
@@ -177,10 +184,11 @@ def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
         noise = bench.calibrate(acceptance, calibration)
         bench.disturb(noise)
         for batch, batch_prompts in prompts.items():
-            bench.speculate(AdaptiveController(args.num_tokens))
+            bench.speculate(bench.adapt())
             bench.forget()
-            first = bench.run(batch_prompts, args.output_tokens)
-            then = min((bench.run(batch_prompts, args.output_tokens) for _ in range(2)), key=lambda run: run.seconds)
+            bench.run(prompts_of(bench, 2, seed=len(rows) + 1000), 1)  # what a token of a prompt takes
+            first, second, third = (bench.run(batch_prompts, args.output_tokens) for _ in range(3))
+            then = min(second, third, key=lambda run: run.seconds)
             bench.speculate(FixedController(args.num_tokens))
             fixed = bench.run(batch_prompts, FIXED_TOKENS)
             speedups = [plain[batch] / run.seconds for run in (first, then)]
@@ -194,6 +202,7 @@ def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
                 "seconds": then.seconds,
                 "seconds_saved_estimate": then.seconds_saved,
                 "first_speedup": speedups[0],
+                "second_speedup": plain[batch] / second.seconds,
                 "speedup": speedups[1],
             }
             rows.append(row)
@@ -203,11 +212,13 @@ def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
                 f"{speedups[0]:>8.3f}{speedups[1]:>8.3f}{'  <--' if bad else ''}",
                 flush=True,
             )
-    return {"rows": rows, "plain_ms": {batch: plain[batch] / args.output_tokens * 1e3 for batch in plain}}
+            if args.save is not None:
+                plain_ms = {size: seconds / args.output_tokens * 1e3 for size, seconds in plain.items()}
+                report.save(args.save, "benchmarks/speculation.py", arguments, {"rows": rows, "plain_ms": plain_ms})
 
 
 def main() -> None:
-    """Measure, print, save."""
+    """Measure what is asked for."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("--num-tokens", type=int, default=4, help="drafts at most (default: %(default)s)")
     parser.add_argument("--output-tokens", type=int, default=256, help="tokens for each prompt (default: %(default)s)")
@@ -217,10 +228,7 @@ def main() -> None:
     args = parser.parse_args()
     logging.basicConfig(level="INFO", format="%(message)s")
     with tempfile.TemporaryDirectory() as folder:
-        result = measure(args, Path(folder))
-    if args.save is not None:
-        arguments = {"num_tokens": args.num_tokens, "output_tokens": args.output_tokens}
-        report.save(args.save, "benchmarks/speculation.py", arguments, result)
+        measure(args, Path(folder))
 
 
 if __name__ == "__main__":

@@ -496,6 +496,11 @@ class Drafter(Protocol):
         """Take the memory, for ``target.num_blocks`` blocks. Once, before the first draft."""
         ...
 
+    def num_unread(self, requests: Sequence[Request]) -> Sequence[int]:
+        """How many tokens of each the drafter has to read before it can guess, beside the few that each step adds. 0
+        where guessing costs the same however long the sequence is. Asked often, and steps may be in flight."""
+        ...
+
     def draft(self, requests: Sequence[Request], limits: Sequence[int]) -> Sequence[list[int] | None]:
         """Up to ``limits[i]`` guesses for what follows ``requests[i].tokens``; may be fewer or none. None instead of a
         list: there will be guesses after another call or more, so that their absence says nothing of their quality.

@@ -6,9 +6,11 @@ stands here decides how many guesses to ask for. No torch here.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Protocol
+from statistics import median
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import numpy as np
 
@@ -26,6 +28,7 @@ class Drafted:
     """How many guesses were asked of the drafter for a step."""
 
     limits: Mapping[Request, int] = field(default_factory=dict)
+    num_read: int = 0  # tokens that the drafter had to read first
 
 
 NOTHING_DRAFTED = Drafted()
@@ -58,13 +61,16 @@ class Speculation(NoSpeculation):
         self._drafter = drafter
         self._controller = controller
         self._scheduler = scheduler
+        self._usual_length = 0.0  # tokens that finished sequences have brought, recent ones above all
 
     def draft(self) -> Drafted | None:
         running = self._scheduler.running.values()
         decoding = [request for request in running if not request.is_prefilling and request.may_sample]
-        limits = self._controller.choose([request.key for request in decoding])
         room = self._room(len(decoding))
-        wanted = room > 0 and any(limits)
+        limits: Sequence[int] = ()
+        if room and not self._controller.rests(len(decoding)):
+            limits = self._controller.choose(self._prospects(decoding))
+        wanted = any(limits)
         if wanted and any(request.num_pending for request in running):
             return None
         for request in decoding:
@@ -81,12 +87,13 @@ class Speculation(NoSpeculation):
             reserved = self._scheduler.blocks.reserve(request.blocks, len(request.tokens) + limit)
             assert reserved, request  # there was room for all
         made: dict[Request, int] = {}
+        num_unread = sum(self._drafter.num_unread(list(asked)))
         guesses = self._drafter.draft(decoding, list(asked.values()))
         for (request, limit), drafts in zip(asked.items(), guesses, strict=True):
             request.drafts = drafts or []
             if drafts is not None:
                 made[request] = limit
-        return Drafted(made)
+        return Drafted(made, num_unread - sum(self._drafter.num_unread(list(asked))))
 
     def settled(
         self, drafted: Drafted, plan: StepPlan, settled: Sequence[SettledRow], stats: StepStats, seconds: float
@@ -103,16 +110,28 @@ class Speculation(NoSpeculation):
             limit = drafted.limits.get(item.row.request, 0)
             if limit and item.finish_reason is None:
                 self._controller.observe(item.row.request.key, limit, num_accepted)
+            if item.finish_reason is not None:
+                self._usual_length += 0.1 * (item.row.request.num_output - self._usual_length)
         stats.accepted_per_position = accepted_at
-        # a step that also computes prompts says nothing about what guesses cost
         if settled and all(row.samples and row.num_tokens == 1 + len(row.drafts) for row in plan.rows):
             num_tokens = sum(len(item.token_ids) for item in settled)
             limits = [drafted.limits.get(row.request, 0) for row in plan.rows]
-            stats.seconds_saved = self._controller.measure(limits, seconds, num_tokens)
+            stats.seconds_saved = self._controller.measure(limits, seconds, num_tokens, drafted.num_read)
+        elif not drafted.limits and not drafted.num_read:
+            self._controller.measure_prompts(plan.num_tokens, seconds)
 
     def release(self, request: Request) -> None:
         self._drafter.release(request)
         self._controller.release(request.key)
+
+    def _prospects(self, requests: Sequence[Request]) -> list[Prospect]:
+        """What speaks for and against drafts. A sequence is taken to be half done, or to become as long as others."""
+        prospects = []
+        for request, num_unread in zip(requests, self._drafter.num_unread(requests), strict=True):
+            expected = max(request.num_output, self._usual_length - request.num_output)
+            num_left = request.max_total_tokens - len(request.tokens)
+            prospects.append(Prospect(request.key, num_unread, min(num_left, expected)))
+        return prospects
 
     def _room(self, num_decoding: int) -> int:
         """Drafts for each sequence that neither keep others out of the step nor take blocks from anybody."""
@@ -127,10 +146,22 @@ class Speculation(NoSpeculation):
 # --- how many --------------------------------------------------------------------------------------------------------
 
 
+class Prospect(NamedTuple):
+    """A sequence that may get drafts, and what speaks against it."""
+
+    key: Hashable
+    num_unread: int  # tokens that the drafter has to read first
+    num_expected: float  # tokens that the sequence is likely to bring yet
+
+
 class Controller(Protocol):
     """Decides how many drafts to ask for. Sequences are told apart by any hashable key."""
 
-    def choose(self, sequences: Sequence[Hashable]) -> Sequence[int]:
+    def rests(self, num_sequences: int) -> bool:
+        """Whether the next step of so many sequences gets no drafts, whatever they are."""
+        ...
+
+    def choose(self, sequences: Sequence[Prospect]) -> Sequence[int]:
         """For the next step of these sequences, the drafts for each. May be asked more than once for a step."""
         ...
 
@@ -138,10 +169,14 @@ class Controller(Protocol):
         """Of up to ``limit`` drafts that were asked for, this many became tokens."""
         ...
 
-    def measure(self, limits: Sequence[int], seconds: float, num_tokens: int) -> float:
+    def measure(self, limits: Sequence[int], seconds: float, num_tokens: int, num_read: int = 0) -> float:
         """A step for whose sequences so many drafts were asked for took ``seconds`` with everything, and brought
-        ``num_tokens`` tokens. Returns how many seconds drafts have saved by that, as far as is known; less than 0 if
-        they have cost more."""
+        ``num_tokens`` tokens; the drafter first read ``num_read``. Returns how many seconds drafts have saved by that,
+        as far as is known; less than 0 if they have cost more."""
+        ...
+
+    def measure_prompts(self, num_tokens: int, seconds: float) -> None:
+        """A step without drafts took ``seconds`` to compute so many tokens, of prompts among others."""
         ...
 
     def release(self, sequence: Hashable) -> None:
@@ -155,192 +190,211 @@ class FixedController:
     def __init__(self, num_tokens: int) -> None:
         self._num_tokens = num_tokens
 
-    def choose(self, sequences: Sequence[Hashable]) -> Sequence[int]:
+    def rests(self, num_sequences: int) -> bool:
+        return False
+
+    def choose(self, sequences: Sequence[Prospect]) -> Sequence[int]:
         return [self._num_tokens] * len(sequences)
 
     def observe(self, sequence: Hashable, limit: int, num_accepted: int) -> None:
         pass
 
-    def measure(self, limits: Sequence[int], seconds: float, num_tokens: int) -> float:
+    def measure(self, limits: Sequence[int], seconds: float, num_tokens: int, num_read: int = 0) -> float:
         return 0.0
+
+    def measure_prompts(self, num_tokens: int, seconds: float) -> None:
+        pass
 
     def release(self, sequence: Hashable) -> None:
         pass
 
 
 class AdaptiveController:
-    """Picks the numbers that bring the most tokens per second by what was measured, 0 when that is best.
+    """Picks the numbers that bring the most tokens per second, 0 when that is best.
 
     A sequence with k drafts brings ``1 + a + a² + … + aᵏ`` tokens in a step, where a is its rate of acceptance (a draft
-    that the drafter did not make counts as wrong). So sequences whose drafts are right get more of them. What a step
-    takes, drafting included, is measured for each power of two of sequences and each number of drafts, and interpolated
-    between those.
+    that the drafter did not make counts as wrong); so sequences whose drafts are right get more of them. What drafts
+    add to a step follows from the sizes of the models and the time that prompts took, corrected by what steps with as
+    many drafts took.
 
-    What is not known must be tried, and trying costs: with a few sequences first, to learn the rate of acceptance;
-    then, if that promises anything, with all, to learn what it takes. The books are kept in seconds: whatever steps
-    with drafts took longer than plain steps would have for the same tokens is a debt, which is paid off by
-    ``ALLOWANCE`` of the time that passes and by what drafts gain. Trying waits until there is no debt, and with a debt
-    of more than ``MAX_DEBT`` plain steps there are no drafts at all. So the loss is bounded whatever happens: by
-    ``ALLOWANCE`` of the time in the long run.
+    The rates must be tried out, and trying costs; so does reading, for a drafter with a model of its own: a sequence's
+    whole context before its first draft. One balance is kept, in seconds: whatever a step with drafts took longer than
+    plain steps would have for the same tokens is taken from it, what drafts gain and ``ALLOWANCE`` of all time that
+    passes is added. A trial, one draft for a few sequences, may leave a debt of ``TRIAL_DEBT`` plain steps. If drafts
+    promise to gain, reading may leave one of ``MAX_DEBT``, where sequences are likely to bring it in again. So the
+    loss is bounded whatever happens: in the long run by ``ALLOWANCE`` of the time.
 
     Nothing here is random and no clock is read: the same measurements lead to the same choices.
     """
 
-    ALLOWANCE = 0.01  # of the time may be spent on trying
-    MAX_DEBT = 64.0  # plain steps: a drafter may first have to read everybody's context
+    ALLOWANCE = 0.005  # of the time may be spent on trying
+    TRIAL_DEBT = 1.0  # plain steps
+    MAX_DEBT = 32.0
+    MAX_CREDIT = 8.0  # plain steps that may be saved up, for trials with much to read
     MARGIN = 1.02  # the gain that drafts must promise
-    TRIAL = 4  # steps that drafts last at least once they begin: the first pays for what the drafter has missed
+    RETURN = 2.0  # what reading must promise to bring in, in its own cost
+    CAUTION = 2.0  # wrong drafts that are added to what all sequences have shown
     TRIAL_SEQUENCES = 4
-    PROMISE = 0.1  # the rate of acceptance of a few sequences at which drafts are tried with all of them …
-    MAX_TRIALS = 8  # … or after so many trials with a few
-    REFRESH = 64  # steps with drafts after which plain ones are measured again
-    NUM_PLAIN = 3  # plain steps at least: the first is not launched ahead, as those that follow may be
-    SMOOTHING = 0.1  # weight of a new measurement
+    PASSED_OVER = 0.1  # plain steps of reading that are paid to try another sequence, for each draft seen of one
+    REFRESH = 128  # steps with drafts after which plain ones are measured again
+    NUM_PLAIN = 3  # plain steps at least
+    PERIOD = 8  # of so many plain steps, one is taken for looking whether drafts are worth it
+    UNHIDDEN = 0.1  # plain steps that a step with drafts takes longer because it is not launched ahead
     MEMORY = 0.9  # what a sequence's earlier drafts weigh after each step
-    WEIGHT = 0.5  # between the mean and the largest number of drafts, before anything was measured
-    PRIOR = 0.7  # the rate of acceptance before anything was seen
+    LONG_MEMORY = 0.99  # the same for what is known of all
 
-    def __init__(self, num_tokens: int) -> None:
+    def __init__(self, num_tokens: int, draft_cost: float = 0.0) -> None:
+        """``draft_cost``: what a token costs the drafter, in what one costs the target: by their weights' bytes."""
         self._num_tokens = num_tokens
-        self._seconds: dict[tuple[int, int], _Average] = {}
-        self._last_plain: dict[int, float] = {}
-        # where sequences have different numbers: what the largest counts for, beside the mean
-        self._weights: dict[int, _Average] = {}
+        self._draft_cost = draft_cost
+        self._plain: dict[int, _Recent] = {}  # seconds, by size class
+        self._errors: dict[tuple[int, int], _Recent] = {}  # plain steps, by size class and the most drafts
+        self._prompts = np.zeros(3)  # sums for _token_time
+        self._reading: _Recent | None = None  # seconds for a token
         self._rates: dict[Hashable, _Rate] = {}
-        self._overall = _Rate(0.5 * self.PRIOR, 0.5 * (1.0 - self.PRIOR))
-        self._seen = False  # whether any draft was put to the test
-        self._debt = 0.0
+        self._overall = _Rate()
+        self._balance = 0.0  # seconds; a debt if less than 0
         self._num_drafting = 0  # steps since the last plain one
         self._num_plain = 0  # steps since the last one with drafts
-        self._num_trials = 0
 
-    def choose(self, sequences: Sequence[Hashable]) -> Sequence[int]:
-        if not sequences:
-            return []
-        limits: list[int] = self._choose(sequences).tolist()
-        return limits
+    def rests(self, num_sequences: int) -> bool:
+        plain = self._plain.get(_size_class(num_sequences))
+        if plain is None or self._balance < -self.MAX_DEBT * plain.value:
+            return True
+        if self._num_drafting:
+            return self._num_drafting >= self.REFRESH
+        since = self._num_plain - self.NUM_PLAIN
+        return since < 0 or since % self.PERIOD > 1  # asked again when the step in flight is settled
+
+    def choose(self, sequences: Sequence[Prospect]) -> Sequence[int]:
+        if not sequences or self.rests(len(sequences)):
+            return [0] * len(sequences)
+        reading = np.array([sequence.num_unread for sequence in sequences]) * self._reading_time()
+        limits = self._best(sequences, reading)
+        if limits is None:
+            limits = np.zeros(len(sequences), np.int64) if self._num_drafting else self._trial(sequences, reading)
+        chosen: list[int] = limits.tolist()
+        return chosen
 
     def observe(self, sequence: Hashable, limit: int, num_accepted: int) -> None:
         rate = self._rates.setdefault(sequence, _Rate())
         rate.add(num_accepted, num_accepted < limit, self.MEMORY)
-        self._overall.add(num_accepted, num_accepted < limit, 0.99)
-        self._seen = True
+        self._overall.add(num_accepted, num_accepted < limit, self.LONG_MEMORY)
 
-    def measure(self, limits: Sequence[int], seconds: float, num_tokens: int) -> float:
-        depth, plain, size = max(limits), self._time(len(limits), 0), _size_class(len(limits))
-        gain = 0.0
-        if not depth:
-            self._last_plain[size] = seconds
-        elif plain is not None:
-            # Others may take less of the machine than when plain steps were measured. That is no gain of drafts: a step
-            # with them cannot take less than one without.
-            plain = min(plain, self._last_plain[size])
-            gain = plain * num_tokens / len(limits) - max(seconds, plain)
-        self._debt = max(0.0, self._debt - gain - self.ALLOWANCE * seconds)
-        self._num_trials += bool(self._num_drafting) and not depth
-        self._num_drafting = self._num_drafting + 1 if depth else 0
-        self._num_plain = 0 if depth else self._num_plain + 1
-        self._learn(limits, seconds)
+    def measure(self, limits: Sequence[int], seconds: float, num_tokens: int, num_read: int = 0) -> float:
+        size, gain = _size_class(len(limits)), 0.0
+        if not any(limits) and not num_read:
+            self._num_plain, self._num_drafting = self._num_plain + 1, 0
+            self._plain.setdefault(size, _Recent()).add(seconds)
+        else:
+            self._num_plain, self._num_drafting = 0, self._num_drafting + 1
+            if size in self._plain:
+                # Others may take less of the machine than when plain steps were measured. That is no gain of drafts: a
+                # step with them cannot take less than one without.
+                plain = self._plain[size].value
+                gain = plain * num_tokens / len(limits) - max(seconds, plain)
+                self._learn(limits, seconds, num_read, plain)
+        self._balance = min(self._balance + gain + self.ALLOWANCE * seconds, self.MAX_CREDIT * seconds)
         return gain
 
-    def _learn(self, limits: Sequence[int], seconds: float) -> None:
-        """Remember what the step took, unless it was an unusual one."""
-        depth, mean, size = max(limits), sum(limits) / len(limits), _size_class(len(limits))
-        if not depth:
-            # the first plain step was not launched ahead
-            if self._num_plain > 1 or (size, 0) not in self._seconds:
-                self._seconds.setdefault((size, 0), _Average()).add(seconds, self.SMOOTHING)
-        elif self._num_drafting == 1 or limits.count(0) > len(limits) // 2:
-            pass  # the first with drafts paid for what the drafter had missed, or they were for a few sequences only
-        elif mean > depth - 0.5:
-            self._seconds.setdefault((size, depth), _Average()).add(seconds, self.SMOOTHING)
-        else:
-            low, high = self._time(len(limits), mean), self._time(len(limits), depth)
-            if low is not None and high is not None and high > low:
-                weight = min(1.0, max(0.0, (seconds - low) / (high - low)))
-                self._weights.setdefault(size, _Average()).add(weight, self.SMOOTHING)
+    def measure_prompts(self, num_tokens: int, seconds: float) -> None:
+        self._prompts = self.LONG_MEMORY * self._prompts + num_tokens * np.array([num_tokens, 1.0, seconds])
 
     def release(self, sequence: Hashable) -> None:
         self._rates.pop(sequence, None)
 
-    # --- estimates ---------------------------------------------------------------------------------------------------
+    # --- what things take --------------------------------------------------------------------------------------------
 
-    def _acceptance(self, sequences: Sequence[Hashable]) -> np.ndarray:
-        """Each sequence's rate of acceptance [num_sequences], drawn to what all had while it has shown little."""
-        overall = self._overall.value(0.0, 0.0)
-        nothing = _Rate()
-        return np.array([self._rates.get(sequence, nothing).value(overall, 2.0) for sequence in sequences])
+    def _learn(self, limits: Sequence[int], seconds: float, num_read: int, plain: float) -> None:
+        """Correct what drafts, or else what reading is expected to take, whichever was the most of a step."""
+        added = plain * self._added(limits, plain)
+        reading = num_read * self._reading_time()
+        if reading > added:
+            if self._reading is None:
+                self._reading = _Recent([reading / num_read] * 2)
+            self._reading.add(max(0.0, seconds - plain - added) / num_read)
+        elif any(limits):
+            expected = self._expected(limits, plain)
+            error = self._errors.setdefault((_size_class(len(limits)), max(limits)), _Recent([0.0, 0.0]))
+            error.add(max(0.0, seconds - reading - plain) / plain - expected)
 
-    def _time(self, num_sequences: int, depth: float) -> float | None:
-        """Seconds that a step takes with ``depth`` drafts for each sequence; None: too little is known."""
-        size = _size_class(num_sequences)
-        known = [k for k in range(self._num_tokens + 1) if (size, k) in self._seconds]
-        if depth in known:
-            return self._seconds[size, int(depth)].value
-        if len(known) < 2 or known[0] != 0:
-            return None
-        if depth > known[-1]:  # along the line from the first
-            known = [0, known[-1]]
-            seconds = [self._seconds[size, k].value for k in known]
-            return seconds[0] + (seconds[1] - seconds[0]) * depth / known[1]
-        return float(np.interp(depth, known, [self._seconds[size, k].value for k in known]))
+    def _token_time(self) -> float:
+        """Seconds that a token more adds to a step of the target, from those with prompts: the slope of a line through
+        a plain step, by least squares, so that large steps say the most."""
+        squares, num_tokens, seconds = self._prompts
+        plain = min((recent.value for recent in self._plain.values()), default=0.0)
+        return max(0.0, float(seconds - plain * num_tokens) / squares) if squares else 0.0
+
+    def _reading_time(self) -> float:
+        """Seconds that the drafter takes to read a token of many."""
+        return self._token_time() * self._draft_cost if self._reading is None else self._reading.value
+
+    def _expected(self, limits: Sequence[int] | np.ndarray, plain: float) -> float:
+        """What drafts should add to a step, in plain steps: a step of the drafter for each of the most drafts that a
+        sequence gets, a token to be verified for each of all, and that such a step is not launched ahead."""
+        return self.UNHIDDEN + self._draft_cost * max(limits) + sum(limits) * self._token_time() / plain
+
+    def _added(self, limits: Sequence[int] | np.ndarray, plain: float) -> float:
+        """The same, corrected by what steps with as many drafts, or else with fewer, were found to take."""
+        size, error = _size_class(len(limits)), 0.0
+        for depth in range(max(limits), 0, -1):
+            if (size, depth) in self._errors:
+                error = self._errors[size, depth].value
+                break
+        return max(0.0, self._expected(limits, plain) + error)
 
     # --- the choice --------------------------------------------------------------------------------------------------
 
-    def _choose(self, sequences: Sequence[Hashable]) -> np.ndarray:
-        """Drafts for each sequence [num_sequences]."""
+    def _best(self, sequences: Sequence[Prospect], reading: np.ndarray) -> np.ndarray | None:
+        """The drafts for each [num_sequences] that promise the most tokens for the time; None: no drafts do.
+
+        ``reading``: seconds that the drafter needs first for each sequence [num_sequences]."""
+        if not self._overall.num_seen:
+            return None
         num_sequences = len(sequences)
-        nothing = np.zeros(num_sequences, np.int64)
-        plain, most = self._time(num_sequences, 0), self._time(num_sequences, self._num_tokens)
-        if (
-            plain is None
-            or self._debt > self.MAX_DEBT * plain
-            or self._num_drafting >= self.REFRESH
-            or 0 < self._num_plain < self.NUM_PLAIN
-        ):
-            return nothing
-        may_try = 0 < self._num_drafting < self.TRIAL or (not self._num_drafting and not self._debt)
-        few = self._few(num_sequences) if may_try else nothing
-        if not self._seen:
-            return few * self._num_tokens
-        if most is None:
-            # what it takes must be known sometime, since a few sequences may be better than the others
-            promising = self._overall.value(0.0, 0.0) > self.PROMISE or self._num_trials > self.MAX_TRIALS
-            return np.full(num_sequences, self._num_tokens) if may_try and promising else few
-        rates = self._acceptance(sequences)
+        plain = self._plain[_size_class(num_sequences)].value
+        num_expected = np.array([sequence.num_expected for sequence in sequences])
+        overall, unknown = self._overall.value(0.0, self.CAUTION), _Rate()
+        rates = np.array([self._rates.get(sequence.key, unknown).value(overall, 2.0) for sequence in sequences])
         # powers[s, i - 1]: the probability that the i-th draft of sequence s counts
         powers = rates[:, None] ** np.arange(1, self._num_tokens + 1)
-        num_tokens = 1.0 + powers.cumsum(axis=1)
-        size = _size_class(num_sequences)
-        weight = self._weights[size].value if size in self._weights else self.WEIGHT
-        best, chosen = self.MARGIN, few
+        verifying = self._token_time() * num_sequences / plain  # tokens that come in the time that a draft's takes
+        worth = np.maximum((powers >= verifying).sum(axis=1), 1)  # with none, no more would be learned of a sequence
+        order = np.argsort(reading, kind="stable")
+        affordable = np.empty(num_sequences, bool)
+        affordable[order] = np.cumsum(reading[order]) <= self._balance + self.MAX_DEBT * plain
+        best, chosen = self.MARGIN, None
         for depth in range(1, self._num_tokens + 1):
-            seconds = self._time(num_sequences, depth)
-            assert seconds is not None  # since that of the most drafts is known
-            limits = _worth(powers[:, :depth], (seconds - plain) / (plain * depth))
-            mean = self._time(num_sequences, float(limits.mean()))
-            assert mean is not None
-            seconds = max(plain, mean + (seconds - mean) * weight)
-            gain = float(num_tokens[np.arange(num_sequences), limits - 1].mean()) * plain / seconds
+            limits = np.minimum(worth, depth)
+            num_new = 1.0 + np.where(np.arange(depth) < limits[:, None], powers[:, :depth], 0.0).sum(axis=1)
+            # what drafts for all bring to a sequence in a step, less the tokens it would have had in the time that its
+            # own verification and its part of the rest take
+            rest = self._added(limits, plain) - verifying * limits.mean()
+            saved = num_new - 1.0 - verifying * limits - rest
+            saving = saved / num_new * num_expected * plain / num_sequences
+            joins = (reading == 0.0) | (affordable & (self.RETURN * reading < saving))
+            limits = np.where(joins, limits, 0)
+            if not joins.any():
+                continue
+            gain = np.where(joins, num_new, 1.0).mean() / (1.0 + self._added(limits, plain))
             if gain > best:
                 best, chosen = gain, limits
         return chosen
 
-    def _few(self, num_sequences: int) -> np.ndarray:
-        """One draft for a few of the sequences, others than the last time."""
-        few = np.zeros(num_sequences, np.int64)
-        first = self._num_trials * self.TRIAL_SEQUENCES
-        few[(first + np.arange(min(self.TRIAL_SEQUENCES, num_sequences))) % num_sequences] = 1
-        return few
-
-
-def _worth(powers: np.ndarray, cost: float) -> np.ndarray:
-    """How many drafts of each sequence bring more than they cost, where one costs as much as ``cost`` tokens.
-
-    At least one, or nothing more would be learned of the sequence.
-    """
-    limits: np.ndarray = np.maximum((powers >= cost).sum(axis=1), 1)
-    return limits
+    def _trial(self, sequences: Sequence[Prospect], reading: np.ndarray) -> np.ndarray:
+        """A draft for as many of a few sequences as may be lost [num_sequences]: for those of whom little was seen and
+        little is to be read."""
+        plain = self._plain[_size_class(len(sequences))].value
+        unknown = _Rate()
+        num_seen = np.array([self._rates.get(sequence.key, unknown).num_seen for sequence in sequences])
+        order = np.argsort(reading + self.PASSED_OVER * plain * num_seen, kind="stable")
+        for count in range(min(self.TRIAL_SEQUENCES, len(order)), 0, -1):
+            limits = np.zeros(len(order), np.int64)
+            limits[order[:count]] = 1
+            cost = plain * self._added(limits, plain) + reading[order[:count]].sum()
+            if cost <= self._balance + self.TRIAL_DEBT * plain:
+                return limits
+        return np.zeros(len(order), np.int64)
 
 
 def _size_class(num_sequences: int) -> int:
@@ -348,20 +402,19 @@ def _size_class(num_sequences: int) -> int:
     return (num_sequences - 1).bit_length()
 
 
-class _Average:
-    """A mean at first, then an exponential moving average; a single outlier counts little."""
+class _Recent:
+    """The median of the last five measurements: to one that is unusual it does not matter how much."""
 
-    __slots__ = ("_count", "value")
+    __slots__ = ("_values", "value")
 
-    def __init__(self) -> None:
-        self.value = 0.0
-        self._count = 0
+    def __init__(self, expected: Sequence[float] = ()) -> None:
+        """``expected`` count as the first measurements."""
+        self._values = deque(expected, maxlen=5)
+        self.value = median(expected) if expected else 0.0
 
-    def add(self, value: float, smoothing: float) -> None:
-        self._count += 1
-        if self._count > 1:
-            value = min(value, 4.0 * self.value)
-        self.value += (value - self.value) * max(smoothing, 1.0 / self._count)
+    def add(self, value: float) -> None:
+        self._values.append(value)
+        self.value = median(self._values)
 
 
 class _Rate:
@@ -369,9 +422,14 @@ class _Rate:
 
     __slots__ = ("_num_right", "_num_wrong")
 
-    def __init__(self, num_right: float = 0.0, num_wrong: float = 0.0) -> None:
-        self._num_right = num_right
-        self._num_wrong = num_wrong
+    def __init__(self) -> None:
+        self._num_right = 0.0
+        self._num_wrong = 0.0
+
+    @property
+    def num_seen(self) -> float:
+        """Drafts that were put to the test, of which earlier ones count less."""
+        return self._num_right + self._num_wrong
 
     def add(self, num_right: int, wrong: bool, memory: float) -> None:
         self._num_right = self._num_right * memory + num_right
@@ -379,4 +437,4 @@ class _Rate:
 
     def value(self, prior: float, weight: float) -> float:
         """The estimate; ``prior`` counts as ``weight`` drafts."""
-        return (self._num_right + prior * weight) / (self._num_right + self._num_wrong + weight)
+        return (self._num_right + prior * weight) / (self.num_seen + weight)

@@ -282,7 +282,10 @@ def build_engine(resolved: Resolved) -> Engine:
     speculation = None
     if drafter is not None:
         _check_speculation(processors)
-        controller = FixedController(num_drafts) if config.speculative.fixed else AdaptiveController(num_drafts)
+        draft_cost = context.weight_bytes / target.weight_bytes
+        controller = (
+            FixedController(num_drafts) if config.speculative.fixed else AdaptiveController(num_drafts, draft_cost)
+        )
         speculation = Speculation(drafter, controller, scheduler, num_drafts)
     info = EngineInfo(
         model=config.model,
@@ -442,6 +445,7 @@ class _DrafterContext:
         self._model = target.model
         self.dtype = cast("DType", str(target.placement.dtype).removeprefix("torch."))
         self.recorder: HiddenStateRecorder | None = None
+        self.weight_bytes = 0  # of what was loaded
         self.vocab_size = target.vocab_size
         self.block_size = loader.config.block_size
         self.max_model_len = loader.config.max_model_len
@@ -468,7 +472,9 @@ class _DrafterContext:
     ) -> _LoadedModel:
         formats = [provider.resolve() for provider in self._loader.host.weight_formats().values()]
         checkpoint = open_checkpoint(resolve_model_path(model), formats)
-        return self._loader.load(checkpoint, checkpoint.config(), dtype, quantization, make)
+        loaded = self._loader.load(checkpoint, checkpoint.config(), dtype, quantization, make)
+        self.weight_bytes += loaded.weight_bytes
+        return loaded
 
 
 # --- the parts -------------------------------------------------------------------------------------------------------

@@ -157,6 +157,9 @@ class Guesser:
     def start(self, target: Runner) -> None:
         pass
 
+    def num_unread(self, requests: Sequence[Request]) -> list[int]:
+        return [0] * len(requests)
+
     def draft(self, requests: Sequence[Request], limits: Sequence[int]) -> list[list[int]]:
         guesses = []
         for request, limit in zip(requests, limits, strict=True):

@@ -15,23 +15,36 @@ from octavo.messages import StepStats
 from octavo.request import Request
 from octavo.runner import Runner
 from octavo.scheduler import Scheduler
-from octavo.speculation import AdaptiveController, FixedController, Speculation
+from octavo.speculation import AdaptiveController, FixedController, Prospect, Speculation
 
 MAX_TOKENS = 4
 
 
 class Machine:
     """Simulated time: a step of b sequences with k drafts each takes ``base + slope * b * (k + 1)``, drafting takes
-    ``draft`` a token; each draft is right with the sequence's probability."""
+    ``draft`` a token; each draft is right with the sequence's probability. Before its first draft, a sequence's
+    ``context`` is read, which takes ``read`` a token."""
 
     def __init__(
-        self, acceptance: Sequence[float], base: float = 10.0, slope: float = 0.01, draft: float = 1.0
+        self,
+        acceptance: Sequence[float],
+        base: float = 10.0,
+        slope: float = 0.01,
+        draft: float = 1.0,
+        *,
+        context: int = 0,
+        read: float = 0.0,
+        output: float = 1e6,
     ) -> None:
         self.acceptance = list(acceptance)
-        self.base, self.slope, self.draft = base, slope, draft
+        self.base, self.slope, self.draft, self.read = base, slope, draft, read
+        self.output = output  # tokens that each sequence will bring
+        self.unread = [context] * len(acceptance)
+        self.num_done = [0] * len(acceptance)
         self.random = np.random.default_rng(0)
         self.seconds = 0.0
         self.num_tokens = 0
+        self.num_steps = 0
         self.levels: list[int] = []
         self.limits: list[Sequence[int]] = []
 
@@ -40,30 +53,57 @@ class Machine:
         """Seconds of a step without drafts."""
         return self.base + self.slope * len(self.acceptance)
 
+    @property
+    def seconds_without(self) -> float:
+        """What all tokens so far would have taken without drafts."""
+        return self.num_tokens / len(self.acceptance) * self.plain
+
+    def best(self) -> float:
+        """The gain of the best number of drafts for sequences that are all alike, once everything is read."""
+        rate, size = self.acceptance[0], len(self.acceptance)
+        gains = [1.0]
+        for k in range(1, MAX_TOKENS + 1):
+            seconds = self.plain + self.slope * size * k + self.draft * k
+            gains.append(sum(rate**i for i in range(k + 1)) * self.plain / seconds)
+        return max(gains)
+
     def step(self, controller: AdaptiveController | FixedController) -> None:
         size = len(self.acceptance)
-        limits = list(controller.choose(range(size)))
-        assert list(controller.choose(range(size))) == limits  # asking changes nothing
-        level, num_new = max(limits), size
+        prospects = [
+            Prospect(i, self.unread[i] if self.unread[i] > 2 else 0, self.output - self.num_done[i])
+            for i in range(size)
+        ]
+        limits = [0] * size if controller.rests(size) else list(controller.choose(prospects))
+        if any(limits):
+            assert list(controller.choose(prospects)) == limits  # asking changes nothing
+        level, num_new, num_read = max(limits), size, 0
         for sequence, limit in enumerate(limits):
             right = self.random.random(limit) < self.acceptance[sequence]
             num_accepted = limit if right.all() else int(right.argmin())
             num_new += num_accepted
+            self.num_done[sequence] += 1 + num_accepted
             if limit:
+                num_read += prospects[sequence].num_unread
+                self.unread[sequence] = 0
                 controller.observe(sequence, limit, num_accepted)
-        seconds = self.base + self.slope * (size + sum(limits)) + self.draft * level
-        controller.measure(limits, seconds, num_new)
+            else:
+                self.unread[sequence] += self.read > 0.0
+        seconds = self.base + self.slope * (size + sum(limits)) + self.draft * level + self.read * num_read
+        controller.measure(limits, seconds, num_new, num_read)
         self.seconds += seconds
         self.num_tokens += num_new
+        self.num_steps += 1
         self.levels.append(level)
         self.limits.append(limits)
 
     def run(self, controller: AdaptiveController | FixedController, num_steps: int) -> float:
         """Tokens per second, relative to what steps without drafts bring."""
+        size = len(self.acceptance)
+        controller.measure_prompts(100 * size, self.plain + 100 * size * self.slope)
         seconds, num_tokens = self.seconds, self.num_tokens
         for _ in range(num_steps):
             self.step(controller)
-        return (self.num_tokens - num_tokens) / (self.seconds - seconds) * self.plain / len(self.acceptance)
+        return (self.num_tokens - num_tokens) / (self.seconds - seconds) * self.plain / size
 
 
 def test_good_drafts_that_cost_little_are_asked_for_in_full() -> None:
@@ -105,7 +145,7 @@ def test_the_number_follows_the_gain() -> None:
     adaptive = machine.run(AdaptiveController(MAX_TOKENS), 1000)
     fixed = Machine([0.6] * 8, base=3.0, slope=0.0, draft=1.0).run(FixedController(MAX_TOKENS), 1000)
     assert adaptive > 1.15 > 1.0 > fixed
-    assert set(machine.levels[200:]) <= {0, 1, 2}
+    assert np.mean(np.array(machine.levels[200:]) <= 2) > 0.9
 
 
 def test_drafts_that_become_good_are_found_out() -> None:
@@ -178,14 +218,82 @@ def test_what_is_known_of_a_finished_sequence_is_forgotten() -> None:
     jumps=st.integers(0, 3),
 )
 def test_it_never_loses(acceptance: list[float], base: float, slope: float, draft: float, jumps: int) -> None:
-    """Whatever things cost and however acceptance changes: two percent, and a start-up of a few steps."""
+    """Whatever things cost and however acceptance changes: two percent, and a few steps."""
     controller, machine = AdaptiveController(MAX_TOKENS), Machine(acceptance, base, slope, draft)
     for _ in range(jumps + 1):
         machine.run(controller, 400)
         machine.acceptance = [1.0 - value for value in machine.acceptance]
-    without = machine.num_tokens / len(acceptance) * machine.plain
-    allowed = 2.0 * AdaptiveController.MAX_DEBT * machine.plain + 4 * (draft * MAX_TOKENS + machine.plain * 5)
-    assert machine.seconds <= 1.02 * without + allowed
+    credit = jumps * AdaptiveController.MAX_CREDIT * machine.plain  # what earlier gains allow to be lost
+    worst = 2 * (MAX_TOKENS * (draft + slope) + machine.plain)  # a step that was expected to take less
+    assert machine.seconds <= 1.01 * machine.seconds_without + credit + 4 * machine.plain + worst
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    size=st.sampled_from([1, 8, 32, 128]),
+    rate=st.sampled_from([0.0, 0.3, 0.6, 0.8, 1.0]),
+    cost=st.floats(0.03, 0.5),
+    verification=st.floats(0.0, 0.02),
+    context=st.integers(0, 1000),
+    output=st.integers(100, 2000),
+)
+def test_a_fresh_start_loses_less_than_two_percent(
+    size: int, rate: float, cost: float, verification: float, context: int, output: int
+) -> None:
+    """From the first step on: of the first 96 steps and of all later ones, if costs are about what the sizes of the
+    models say."""
+    plain = 1.0 + verification * size
+    controller = AdaptiveController(MAX_TOKENS, cost)
+    machine = Machine(
+        [rate] * size, 1.0, verification, cost * plain, context=context, read=verification * cost, output=output
+    )
+    for _ in range(6):
+        machine.run(controller, 96)
+        assert machine.seconds <= 1.02 * machine.seconds_without + 1.5 * plain
+
+
+# Measured on an H200 for a target of 8 billion parameters and a draft model of 1.2, by the number of sequences:
+# milliseconds of a plain step, of a draft and of verifying a token; tokens of context.
+MEASURED = {
+    1: (3.83, 0.7, 0.026, 128),
+    8: (4.64, 0.8, 0.015, 1024),
+    32: (5.64, 1.0, 0.014, 1024),
+    128: (10.06, 1.6, 0.02, 1024),
+}
+DRAFT_COST = 0.16
+
+
+def measured_machine(size: int, rate: float) -> Machine:
+    plain, draft, verification, context = MEASURED[size]
+    return Machine([rate] * size, plain - verification * size, verification, draft, context=context, read=0.0024)
+
+
+@pytest.mark.parametrize("size", MEASURED)
+def test_on_a_gpu_useless_drafts_cost_at_most_two_percent(size: int) -> None:
+    """Of the first 256 tokens of a fresh engine, and of those that follow."""
+    controller, machine = AdaptiveController(MAX_TOKENS, DRAFT_COST), measured_machine(size, 0.0)
+    for _ in range(3):
+        assert machine.run(controller, 256) > 0.98
+
+
+@pytest.mark.parametrize("rate", [0.6, 0.8, 1.0])
+@pytest.mark.parametrize("size", MEASURED)
+def test_on_a_gpu_it_comes_near_the_best_number(size: int, rate: float) -> None:
+    """But for a fifth of its gain and two percent. What gains little may not be worth reading what has been missed."""
+    controller, machine = AdaptiveController(MAX_TOKENS, DRAFT_COST), measured_machine(size, rate)
+    machine.run(controller, 1000)
+    gain = machine.best() - 1.0
+    assert machine.run(controller, 300) > 0.98 + (0.8 * gain if gain > 0.2 else 0.0)
+
+
+def test_what_does_not_pay_any_more_is_not_read() -> None:
+    """Few tokens are to come, and reading the context takes longer than drafts would save."""
+    machine = Machine([1.0] * 8, slope=0.1, context=100_000, read=0.01, output=200)
+    machine.unread[0] = 0  # from this one it is known that drafts are right
+    machine.run(AdaptiveController(MAX_TOKENS, 0.1), 190)
+    num_drafts = np.array(machine.limits).sum(axis=0)
+    assert num_drafts[0] > 0
+    assert not num_drafts[1:].any()
 
 
 # --- on the engine's side --------------------------------------------------------------------------------------------
@@ -203,6 +311,9 @@ class Counting:
 
     def start(self, target: Runner) -> None:
         pass
+
+    def num_unread(self, requests: Sequence[Request]) -> list[int]:
+        return [0] * len(requests)
 
     def draft(self, requests: Sequence[Request], limits: Sequence[int]) -> list[list[int] | None]:
         self.asked.append({r.request_id: limit for r, limit in zip(requests, limits, strict=True)})

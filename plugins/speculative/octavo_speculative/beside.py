@@ -100,6 +100,9 @@ class DrafterBeside:
         self._runner = self._model.make_runner_beside(target, max_row_tokens=self._max_row_tokens, shift=self._shift)
         self._contents = BlockContents(target.num_blocks, self._block_size, self._shift)
 
+    def num_unread(self, requests: Sequence[Request]) -> list[int]:
+        return [self._num_unread(request) for request in requests]
+
     def draft(self, requests: Sequence[Request], limits: Sequence[int]) -> list[list[int] | None]:
         wanted = {
             request: limit
@@ -135,6 +138,15 @@ class DrafterBeside:
     def _length(self, request: Request) -> int:
         """How many positions the request has for the model."""
         return len(request.tokens) - self._shift
+
+    def _num_unread(self, request: Request) -> int:
+        followed = self._followed.get(request)
+        if followed is None or followed.epoch != request.num_preemptions:
+            if not self._follow(request):
+                return self._length(request)
+            followed = self._followed[request]
+        num_missing = self._length(request) - followed.num_computed
+        return num_missing if num_missing > self._max_row_tokens else 0
 
     def _follow(self, request: Request) -> bool:
         """Find out what of the request is computed; False if it has a token that the model does not know."""

@@ -67,6 +67,9 @@ class Ngram:
     def start(self, target: Runner) -> None:
         pass
 
+    def num_unread(self, requests: Sequence[Request]) -> list[int]:
+        return [0] * len(requests)
+
     def draft(self, requests: Sequence[Request], limits: Sequence[int]) -> list[list[int]]:
         return [
             self._index(request).guess(request.tokens, limit) if limit > 0 else []

@@ -16,6 +16,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from octavo import EngineConfig, SamplingParams, SpeculativeConfig
 from octavo.engine import Engine, InFlight
 from octavo.messages import SequenceOutput, StepStats, Submit
+from octavo.speculation import Prospect
 from octavo.startup import build_engine, resolve
 
 VOCAB_SIZE = 40  # small, so that texts repeat and bad drafts are right at times
@@ -113,7 +114,10 @@ class Erratic:
         self._seed = seed
         self._num_steps = 0
 
-    def choose(self, sequences: Sequence[Hashable]) -> Sequence[int]:
+    def rests(self, num_sequences: int) -> bool:
+        return False
+
+    def choose(self, sequences: Sequence[Prospect]) -> Sequence[int]:
         source = random.Random(self._seed * 1000 + self._num_steps)
         if source.random() < 0.3:
             return [0] * len(sequences)
@@ -122,11 +126,15 @@ class Erratic:
     def observe(self, sequence: Hashable, limit: int, num_accepted: int) -> None:
         assert 0 <= num_accepted <= limit <= self._num_tokens
 
-    def measure(self, limits: Sequence[int], seconds: float, num_tokens: int) -> float:
+    def measure(self, limits: Sequence[int], seconds: float, num_tokens: int, num_read: int = 0) -> float:
+        assert num_read >= 0
         assert 0 < num_tokens <= len(limits) + sum(limits)  # one that has ended meanwhile brings none
         assert seconds > 0.0
         self._num_steps += 1
         return 0.0
+
+    def measure_prompts(self, num_tokens: int, seconds: float) -> None:
+        pass
 
     def release(self, sequence: Hashable) -> None:
         pass

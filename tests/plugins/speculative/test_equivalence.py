@@ -18,7 +18,7 @@ from octavo.messages import Abort, Submit
 from octavo.plugins import PluginHost
 from octavo.request import Request
 from octavo.runner import Runner
-from octavo.speculation import Speculation
+from octavo.speculation import AdaptiveController, Speculation
 
 DRAFTERS = ("ngram", "same", "noisy", "other")
 Requests = list[tuple[list[int], SamplingParams]]
@@ -150,7 +150,10 @@ def test_requests_that_give_way_go_on_as_before(models: Models, drafter: str) ->
 
 @pytest.mark.parametrize("drafter", ["ngram", "same"])
 @pytest.mark.parametrize("overlap", [False, True])
-def test_the_controller_changes_nothing_but_the_speed(models: Models, drafter: str, overlap: bool) -> None:
+def test_the_controller_changes_nothing_but_the_speed(
+    models: Models, drafter: str, overlap: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(AdaptiveController, "TRIAL_DEBT", 8.0)  # or sixty tokens would see few drafts
     requests = make_requests(1, 4, temperature=0.0, max_tokens=60, ignore_eos=True)
     guessed = compare(models, speculation(models, drafter, fixed=False), requests, overlap=overlap)
     assert guessed.num_drafts > 0
@@ -183,6 +186,9 @@ class Parrot:
 
     def start(self, target: Runner) -> None:
         pass
+
+    def num_unread(self, requests: Sequence[Request]) -> list[int]:
+        return [0] * len(requests)
 
     def draft(self, requests: Sequence[Request], limits: Sequence[int]) -> list[list[int]]:
         return [[request.tokens[-1]] * limit for request, limit in zip(requests, limits, strict=True)]

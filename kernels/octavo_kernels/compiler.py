@@ -1,7 +1,7 @@
 """Compiles the kernels that a trial run asks for side by side, where a launch would compile one after another.
 
-Triton asks a hook before it compiles. Ours has a thread compile the kernel, or find it in Triton's cache on disk, and
-declines the launch. Threads are enough: most of a compilation is LLVM and ``ptxas``, which leave Python's lock alone.
+Triton asks a hook before it compiles. Ours declines, and has a thread compile the kernel, or find it in Triton's cache
+on disk, and load it. Threads are enough: most of a compilation is LLVM and ``ptxas``, which leave Python's lock alone.
 """
 
 from __future__ import annotations

@@ -85,7 +85,7 @@ class NoGraphs(StepGraphs):
     def _can_capture(self, run: Callable[[], object]) -> bool:
         return True
 
-    def _capture(self, inputs: StepInputs, shape: StepShape) -> tuple[Callable[[], object], Tensor]:
+    def _record(self, inputs: StepInputs, shape: StepShape) -> tuple[Callable[[], object], Tensor]:
         return lambda: None, torch.zeros(shape.num_logits, dtype=torch.int64)
 
 

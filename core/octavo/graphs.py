@@ -333,12 +333,20 @@ class StepGraphs:
 
     def _capture(self, inputs: StepInputs, shape: StepShape) -> tuple[Callable[[], object], Tensor]:
         """What starts the step, and where it leaves its result."""
-        result = self._step(inputs, shape)  # kernels that only this shape needs must be loaded before the capture
         if shape.choice is Choice.LOGITS and self._logits is None:
             # one buffer for all, or every graph would keep its own
+            result = self._step(inputs, shape)
             self._logits = torch.empty(
                 self._shapes.max_num_logits, *result.shape[1:], dtype=result.dtype, device=result.device
             )
+        try:
+            return self._record(inputs, shape)
+        except RuntimeError:  # drivers before CUDA 12.3 do not load meanwhile what only this shape needs
+            self._step(inputs, shape)
+            return self._record(inputs, shape)
+
+    def _record(self, inputs: StepInputs, shape: StepShape) -> tuple[Callable[[], object], Tensor]:
+        """The same, if nothing is lacking that a capture does not allow."""
         if self._pool is None:
             self._pool = torch.cuda.graph_pool_handle()
             self._stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]

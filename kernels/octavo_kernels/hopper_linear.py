@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from octavo_kernels.fp8_tokens import RoundedTokens, TokenRounding, round_tokens
+from octavo_kernels.hopper_packed import PackedTiling, multiply_packed
 from octavo_kernels.hopper_stream import STEP, TILE, StreamedWeight, StreamTiling, int4_factor, stream
 from octavo_kernels.launch import describe, missing_device
 
@@ -143,13 +144,27 @@ def int4_tiling(out_features: int, num_tokens: int, num_processors: int) -> Stre
         return StreamTiling(8, num_stages=6, num_warps=4, resident=3, num_programs=3 * num_processors)
     if num_tokens <= 16:
         return StreamTiling(16, num_stages=6, num_warps=4, resident=2, num_programs=2 * num_processors)
-    if num_tokens > 64:
-        return StreamTiling(128, num_stages=5, num_warps=8, resident=1, num_programs=num_processors)
     block_m = 32 if num_tokens <= 32 else 64
     if triton.cdiv(out_features, TILE) < num_processors:
         return StreamTiling(block_m, num_stages=8, num_warps=8, resident=1, num_programs=num_processors)
     num_stages = 6 if block_m == 32 else 4
     return StreamTiling(block_m, num_stages, num_warps=4, resident=2, num_programs=2 * num_processors)
+
+
+def packed_tiling(out_features: int, in_features: int, num_tokens: int, num_processors: int) -> PackedTiling:
+    """For more tokens; measured on an H200.
+
+    Runs that end with tiles leave processors idle, and others cost the sharing of tiles, as much as some 16 steps.
+    """
+    block_m, num_stages = (128, 5) if num_tokens <= 384 else (256, 3)
+    num_tiles = triton.cdiv(out_features, TILE) * triton.cdiv(num_tokens, block_m)
+    num_programs = num_processors
+    if num_tiles <= num_processors:
+        whole = num_processors // num_tiles * num_tiles
+        num_steps = num_tiles * (in_features // STEP)
+        if num_steps / whole - num_steps / num_processors <= 16:
+            num_programs = whole
+    return PackedTiling(block_m, num_stages, num_programs)
 
 
 def fp8_tiling(out_features: int, num_tokens: int, num_processors: int) -> StreamTiling:
@@ -179,7 +194,10 @@ def missing_hopper(device: torch.device, dtype: torch.dtype, in_features: int) -
 class HopperPacked:
     """The operation ``linear_packed`` for 4 bits: ``weight`` has the attributes of octavo_quant.packed.PackedWeight."""
 
-    MAX_STREAMED = 512
+    MAX_STREAMED = 64
+    """Tokens; beyond, one group of warps cannot widen weights as fast as it multiplies them."""
+
+    MAX_PACKED = 1024
     """Tokens; beyond, writing the weights out for cuBLAS costs less than it gains."""
 
     def __init__(self, need: Any, weight: Any, bias: Tensor | None) -> None:
@@ -188,7 +206,7 @@ class HopperPacked:
         self._permutation = weight.permutation
         self._bias = bias
         self._num_processors = describe(words.device).num_processors
-        self._arrivals = _arrivals(self._weight, self.MAX_STREAMED)
+        self._arrivals = _arrivals(self._weight, 2 * self.MAX_PACKED)  # two for each tile
 
     @classmethod
     def missing(cls, need: Any) -> list[str]:
@@ -203,10 +221,14 @@ class HopperPacked:
         """x [num_tokens, in_features] -> [num_tokens, out_features]."""
         if self._permutation is not None:
             x = x[:, self._permutation]
-        if 1 <= x.shape[0] <= self.MAX_STREAMED:
-            tile = int4_tiling(self._weight.out_features, x.shape[0], self._num_processors)
-            return stream(x, self._weight, self._bias, self._arrivals, tile)
-        return F.linear(x, self.dequantize(x.dtype), self._bias)
+        num_tokens, weight = x.shape[0], self._weight
+        if not 1 <= num_tokens <= self.MAX_PACKED:
+            return F.linear(x, self.dequantize(x.dtype), self._bias)
+        if num_tokens <= self.MAX_STREAMED:
+            tile = int4_tiling(weight.out_features, num_tokens, self._num_processors)
+            return stream(x, weight, self._bias, self._arrivals, tile)
+        tiling = packed_tiling(weight.out_features, weight.in_features, num_tokens, self._num_processors)
+        return multiply_packed(x, weight, self._bias, self._arrivals, tiling)
 
     def dequantize(self, dtype: torch.dtype) -> Tensor:
         """The weights [out_features, in_features], columns in the order of the permutation."""

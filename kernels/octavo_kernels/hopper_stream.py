@@ -55,25 +55,25 @@ def _row_layout(NUM_WARPS):
 
 
 @gluon.constexpr_function
-def _fragment_layout(NUM_WARPS):
+def fragment_layout(NUM_BLOCKS, NUM_WARPS):
     """Words of half a step as [block of 64 outputs, warp, row of 8, pair of 4, 16 inputs]."""
     apart = [[1, 0, 0, 0, 0]] if NUM_WARPS == 8 else []
-    together = [] if NUM_WARPS == 8 else [[1, 0, 0, 0, 0]]
+    together = [[1, 0, 0, 0, 0]] if NUM_WARPS == 4 and NUM_BLOCKS == 2 else []
     registers = [[0, 0, 0, 0, 1], [0, 0, 0, 0, 2], *together]
     lanes = [[0, 0, 0, 1, 0], [0, 0, 0, 2, 0], [0, 0, 1, 0, 0], [0, 0, 2, 0, 0], [0, 0, 4, 0, 0]]
     warps = [[0, 1, 0, 0, 0], [0, 2, 0, 0, 0], *apart]
-    return gl.DistributedLinearLayout(registers, lanes, warps, [], [2, 4, 8, 4, 4])
+    return gl.DistributedLinearLayout(registers, lanes, warps, [], [NUM_BLOCKS, 4, 8, 4, 4])
 
 
 @gluon.constexpr_function
-def _output_layout(BLOCK_M, NUM_WARPS):
-    """Sums [128, BLOCK_M] as ``wgmma`` leaves them, where rows g and g + 8 of a fragment have become 2 g and 2 g + 1:
-    pairs of rows first, so that they are stored at once."""
+def output_layout(NUM_ROWS, BLOCK_M, NUM_WARPS):
+    """Sums [NUM_ROWS, BLOCK_M] as ``wgmma`` leaves them, where rows g and g + 8 of a fragment have become 2 g and
+    2 g + 1: pairs of rows first, so that they are stored at once."""
     columns = [[0, b] for b in (1, 8, 16, 32, 64, 128) if b < BLOCK_M]
     apart = [[16 * w, 0] for w in (1, 2, 4) if w < NUM_WARPS]
-    together = [[64, 0]] if NUM_WARPS == 4 else []
+    together = [[64, 0]] if NUM_WARPS == 4 and NUM_ROWS == 128 else []
     lanes = [[0, 2], [0, 4], [2, 0], [4, 0], [8, 0]]
-    return gl.DistributedLinearLayout([[1, 0], *columns, *together], lanes, apart, [], [128, BLOCK_M])
+    return gl.DistributedLinearLayout([[1, 0], *columns, *together], lanes, apart, [], [NUM_ROWS, BLOCK_M])
 
 
 @gluon.constexpr_function
@@ -138,7 +138,7 @@ def _high_twice(param):
 
 
 @gluon.jit
-def _parameter(shared, layout: gl.constexpr):
+def parameter(shared, layout: gl.constexpr):
     """Parameters [blocks of 64 outputs, warp, row of 8], to be met by words."""
     rows: gl.constexpr = gl.SliceLayout(3, gl.SliceLayout(4, layout))
     return shared.load(rows).expand_dims(3).expand_dims(4)
@@ -148,12 +148,19 @@ def _parameter(shared, layout: gl.constexpr):
 def _int4_pairs(words, params, HALF: gl.constexpr, HALF_PARAMS: gl.constexpr, dtype: gl.constexpr):
     """Half of a step's words [4, 512] and parameters [4 HALF_PARAMS, 4, 8] -> pairs of weights, by halves of 16 rows
     and, within, of 16 inputs."""
-    layout: gl.constexpr = _fragment_layout(gl.num_warps())
+    layout: gl.constexpr = fragment_layout(2, gl.num_warps())
     word = words.slice(HALF * 2, 2, 0).load(_word_layout(2, gl.num_warps())).reshape([2, 4, 8, 4, 4])
     word = gl.convert_layout(word, layout, assert_trivial=True)
     FIRST: gl.constexpr = HALF * (HALF_PARAMS - 1) * 4
-    upper = _parameter(params.slice(FIRST, 2, 0), layout)
-    lower = _parameter(params.slice(FIRST + 2, 2, 0), layout)
+    upper = parameter(params.slice(FIRST, 2, 0), layout)
+    lower = parameter(params.slice(FIRST + 2, 2, 0), layout)
+    return widen_int4(word, upper, lower, dtype)
+
+
+@gluon.jit
+def widen_int4(word, upper, lower, dtype: gl.constexpr):
+    """Words of half a step and the parameters of their rows, by halves of 16 -> pairs of weights, by halves of 16 rows
+    and, within, of 16 inputs."""
     scale, zero = _low_twice(upper), _high_twice(upper)
     upper_low = _int4_pair(word, scale, zero, 0, dtype)
     upper_high = _int4_pair(word >> 8, scale, zero, 0, dtype)
@@ -166,7 +173,7 @@ def _int4_pairs(words, params, HALF: gl.constexpr, HALF_PARAMS: gl.constexpr, dt
 @gluon.jit
 def _fp8_pairs(words, params, exponent, HALF: gl.constexpr, SCALED: gl.constexpr, dtype: gl.constexpr):
     """The same from words [128, 32]; without SCALED only the exponent is mended."""
-    layout: gl.constexpr = _fragment_layout(gl.num_warps())
+    layout: gl.constexpr = fragment_layout(2, gl.num_warps())
     both = words.load(_row_layout(gl.num_warps())).reshape([128, 2, 16]).permute([0, 2, 1])
     first, second = gl.split(both)
     word = (second if HALF else first).reshape([2, 4, 8, 2, 4, 4]).permute([0, 1, 2, 4, 5, 3])
@@ -174,8 +181,8 @@ def _fp8_pairs(words, params, exponent, HALF: gl.constexpr, SCALED: gl.constexpr
     upper = gl.convert_layout(upper, layout, assert_trivial=True)
     lower = gl.convert_layout(lower, layout, assert_trivial=True)
     if SCALED:
-        upper_scale = _parameter(params.slice(0, 2, 0), layout)
-        lower_scale = _parameter(params.slice(2, 2, 0), layout)
+        upper_scale = parameter(params.slice(0, 2, 0), layout)
+        lower_scale = parameter(params.slice(2, 2, 0), layout)
     else:
         upper_scale = exponent
         lower_scale = exponent
@@ -204,12 +211,12 @@ def _halves(pair, dtype: gl.constexpr):
 
 
 @gluon.jit
-def _operand(upper_low, upper_high, lower_low, lower_high, dtype: gl.constexpr, layout: gl.constexpr):
-    """The left operand [128, 64]; no value moves, the registers only get the layout's name."""
+def operand(upper_low, upper_high, lower_low, lower_high, dtype: gl.constexpr, layout: gl.constexpr):
+    """The left operand [64 for each block of outputs, 64]; no value moves, the registers only get the layout's name."""
     upper = gl.join(_halves(upper_low, dtype), _halves(upper_high, dtype))
     lower = gl.join(_halves(lower_low, dtype), _halves(lower_high, dtype))
     # [block of 64 outputs, warp, row of 8, pair, 16 inputs, of the pair, half of the inputs, half of the rows]
-    ordered = gl.join(upper, lower).permute([0, 1, 7, 2, 4, 6, 3, 5]).reshape([128, 64])
+    ordered = gl.join(upper, lower).permute([0, 1, 7, 2, 4, 6, 3, 5]).reshape([64 * upper_low.shape[0], 64])
     return gl.convert_layout(ordered, layout, assert_trivial=True)
 
 
@@ -278,7 +285,7 @@ def program_of(unit, num_programs, num_units):
 
 
 @gluon.jit
-def _following(tile, step, STEPS: gl.constexpr):
+def following(tile, step, STEPS: gl.constexpr):
     last = step == STEPS - 1
     return gl.where(last, tile + 1, tile), gl.where(last, 0, step + 1)
 
@@ -312,7 +319,7 @@ def _stream(
     STEPS: gl.constexpr = K // 128
     HALF_PARAMS: gl.constexpr = 2 if GROUP == 64 else 1
     mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [gl.num_warps(), 1], [16, BLOCK_M, 16])
-    operand: gl.constexpr = gl.DotOperandLayout(0, mma, 2)
+    left: gl.constexpr = gl.DotOperandLayout(0, mma, 2)
     if FP8:  # neighbouring pairs of rows lie in different banks
         words = gl.allocate_shared_memory(gl.int32, [STAGES, 128, 32], gl.SwizzledSharedLayout(16, 2, 2, [1, 0]))
     else:
@@ -344,7 +351,7 @@ def _stream(
                 HALF_PARAMS,
                 FP8,
             )
-        ahead_tile, ahead_step = _following(ahead_tile, ahead_step, STEPS)
+        ahead_tile, ahead_step = following(ahead_tile, ahead_step, STEPS)
     if PDL:  # weights are never written by a predecessor: they need not wait
         gdc_launch_dependents()
         gdc_wait()
@@ -353,7 +360,7 @@ def _stream(
         if begin + stage < end:
             _copy_inputs(inputs.index(stage), x_ptr, ahead_tile, ahead_step, num_tokens, TOKEN_TILES, K, BLOCK_M)
         async_copy.commit_group()
-        ahead_tile, ahead_step = _following(ahead_tile, ahead_step, STEPS)
+        ahead_tile, ahead_step = following(ahead_tile, ahead_step, STEPS)
     async_copy.wait_group(STAGES - 2)
     gl.thread_barrier()
     w00, w01, w10, w11 = _pairs(words.index(0), params.index(0), exponent, 0, FP8, GROUP, dtype)
@@ -364,11 +371,11 @@ def _stream(
         tile = unit // STEPS
         last = gl.minimum(tile * STEPS + STEPS, end)
         acc = gl.zeros([128, BLOCK_M], gl.float32, mma)
-        held = _operand(w00, w01, w10, w11, dtype, operand)
+        held = operand(w00, w01, w10, w11, dtype, left)
         for ahead in range(unit + STAGES - 1, last + STAGES - 1):
             fence_async_shared()
             x = inputs.index(slot).permute([1, 0])
-            weight = _operand(w00, w01, w10, w11, dtype, operand)
+            weight = operand(w00, w01, w10, w11, dtype, left)
             running = warpgroup_mma(weight, x.slice(0, 64, 0), acc, is_async=True)
             acc, held = warpgroup_mma_wait(1, deps=[running, held])  # the product before this one has ended
             async_copy.wait_group(STAGES - 3)
@@ -391,12 +398,12 @@ def _stream(
                 _copy_inputs(inputs.index(free), x_ptr, ahead_tile, ahead_step, num_tokens, TOKEN_TILES, K, BLOCK_M)
             async_copy.commit_group()
             v00, v01, v10, v11 = _pairs(words.index(slot), params.index(slot), exponent, 1, FP8, GROUP, dtype)
-            held = _operand(v00, v01, v10, v11, dtype, operand)
+            held = operand(v00, v01, v10, v11, dtype, left)
             running = warpgroup_mma(held, x.slice(64, 64, 0), acc, is_async=True)
             acc, weight = warpgroup_mma_wait(1, deps=[running, weight])
             free = slot
             slot = gl.where(slot == STAGES - 1, 0, slot + 1)
-            ahead_tile, ahead_step = _following(ahead_tile, ahead_step, STEPS)
+            ahead_tile, ahead_step = following(ahead_tile, ahead_step, STEPS)
             w00, w01, w10, w11 = _pairs(words.index(slot), params.index(slot), exponent, 0, FP8, GROUP, dtype)
         acc, held = warpgroup_mma_wait(0, deps=[acc, held])
         _finish(
@@ -475,7 +482,7 @@ def _finish(
                     acc += gl.load(pointers, mask=there, other=0.0, cache_modifier=".cg")
             gl.store(arrivals_ptr + tile, 0)  # ready for the next call
         result = acc.reshape([8, 2, 8, BLOCK_M]).permute([0, 2, 1, 3]).reshape([128, BLOCK_M])
-        linear: gl.constexpr = _output_layout(BLOCK_M, gl.num_warps())
+        linear: gl.constexpr = output_layout(128, BLOCK_M, gl.num_warps())
         result = gl.convert_layout(result, linear)
         n = tile // TOKEN_TILES * 128 + gl.arange(0, 128, gl.SliceLayout(1, linear))
         m = zero + tile % TOKEN_TILES * BLOCK_M + gl.arange(0, BLOCK_M, gl.SliceLayout(0, linear))

@@ -46,7 +46,7 @@ class Rerun(StepGraphs):
     def _can_capture(self, run: Callable[[], object]) -> bool:
         return True
 
-    def _capture(self, inputs: StepInputs, shape: StepShape) -> tuple[Callable[[], object], Tensor]:
+    def _record(self, inputs: StepInputs, shape: StepShape) -> tuple[Callable[[], object], Tensor]:
         result = self._step(inputs, shape)
 
         def run() -> None:
@@ -242,18 +242,38 @@ def test_what_cannot_be_captured_runs_without_a_graph(
 ) -> None:
     params = [DRAWN] * len(PROMPTS)
     expected = generate(make_engine(False), params)
-    capture = Rerun._capture
+    record = Rerun._record
 
     def fail(self: Rerun, inputs: StepInputs, shape: StepShape) -> tuple[Callable[[], object], Tensor]:
         if shape.choice in failing:
             raise RuntimeError("operation not permitted when stream is capturing")
-        return capture(self, inputs, shape)
+        return record(self, inputs, shape)
 
-    monkeypatch.setattr(Rerun, "_capture", fail)
+    monkeypatch.setattr(Rerun, "_record", fail)
     assert generate(make_engine(True), params) == expected
     assert {shape.choice for shape in Rerun.replayed} == {Choice.LOGITS} - failing
     warnings = [record.message for record in caplog.records if "not permitted" in record.message]
     assert len(warnings) == len(failing)
+
+
+def test_a_capture_that_fails_is_repeated_once_the_step_has_run(
+    make_engine: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    expected = generate(make_engine(False), [GREEDY] * len(PROMPTS))
+    record = Rerun._record
+    failed: set[StepShape] = set()
+
+    def fail_once(self: Rerun, inputs: StepInputs, shape: StepShape) -> tuple[Callable[[], object], Tensor]:
+        if shape not in failed:
+            failed.add(shape)
+            raise RuntimeError("operation not permitted when stream is capturing")
+        return record(self, inputs, shape)
+
+    monkeypatch.setattr(Rerun, "_record", fail_once)
+    assert generate(make_engine(True), [GREEDY] * len(PROMPTS)) == expected
+    assert Rerun.replayed.keys() <= failed
+    assert Rerun.replayed
+    assert "not permitted" not in caplog.text
 
 
 def test_prompts_in_chunks_are_the_same_in_graphs(make_engine: Callable[..., Engine]) -> None:

@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 
 pytest.importorskip("triton")
 
+from tests.kernels.triton.test_hopper_linear import packed
 from tests.paging import PagedSequences
 from tests.plugins.quant.conftest import BLOCK_SIZE, FIXTURES, LoadedModel
 from torch import Tensor
@@ -20,7 +21,9 @@ from octavo.attention.torch_backend import TorchAttention
 from octavo.interfaces import AttentionNeed
 from octavo.layers.attention import ForwardContext
 from octavo_kernels.fp8_tokens import RoundedTokens, TokenRounding
+from octavo_kernels.hopper_linear import HopperPacked
 from octavo_kernels.plugin import octavo_kernels
+from octavo_quant.packed import PackedWeight
 
 pytestmark = pytest.mark.gpu
 
@@ -115,6 +118,29 @@ def test_the_fast_kernels_serve_them(name: str) -> None:
     log = Conversation(name, torch.bfloat16, "hopper").loaded.operations.log
     chosen = set().union(*(names for operation, names in log.items() if operation in QUANTIZED))
     assert chosen <= FAMILIES["hopper"]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != 9, reason="for Hopper")
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(("num_in", "num_out", "group_size"), [(256, 72, 64), (4096, 6144, 128), (1408, 520, 128)])
+@torch.inference_mode()
+def test_4_bit_products_of_every_number_of_tokens(
+    num_in: int, num_out: int, group_size: int, dtype: torch.dtype
+) -> None:
+    need, weight = packed(num_in, num_out, group_size, dtype)
+    parts = [getattr(weight, name) for name in weight.__slots__]
+    on_device = [part.cuda() if isinstance(part, Tensor) else part for part in parts]
+    need, weight = replace(need, device=torch.device("cuda")), PackedWeight(*on_device)
+    bias = torch.randn(num_out, device="cuda", dtype=dtype)
+    product = HopperPacked(need, weight, bias)
+    exact = weight.dequantize(torch.float32)
+    for num_tokens in (1, 9, 33, 64, 65, 128, 200, 256, 384, 385, 600, 1024, 1025):
+        x = torch.randn(num_tokens, num_in, device="cuda", dtype=dtype)
+        expected = x.float() @ exact.T + bias.float()
+        found = product.apply(x)
+        error = (found.float() - expected).norm() / expected.norm()
+        assert error < (1e-3 if dtype == torch.float16 else 6e-3), num_tokens
+        assert torch.equal(product.apply(x), found), num_tokens
 
 
 @pytest.mark.parametrize("family", ["triton", "hopper"])

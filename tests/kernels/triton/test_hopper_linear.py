@@ -26,7 +26,7 @@ pytest.importorskip("triton.experimental.gluon.language.nvidia.hopper")
 
 from tests.kernels.triton.test_hopper_attention import Pointer, load, store
 
-from octavo_kernels import hopper_stream
+from octavo_kernels import hopper_packed, hopper_stream
 from octavo_kernels.hopper_linear import (
     HopperFp8,
     HopperPacked,
@@ -34,6 +34,7 @@ from octavo_kernels.hopper_linear import (
     fp8_tiling,
     int4_tiling,
     pack_fragments,
+    packed_tiling,
 )
 from octavo_kernels.hopper_stream import STEP, TILE, first_unit, program_of
 from octavo_quant.fp8_linear import ReferenceFp8
@@ -69,15 +70,17 @@ class StandIn:
                 weight *= scales[:, None]
             assert exponent & 0xFFFF == exponent >> 16
         else:
-            low, high = (self.by_group(params, x.dtype, low=low, group=group) for low in (True, False))
-            values = self.fragments(words)
-            if x.dtype == torch.bfloat16:  # odd outputs lie four bits higher, below the exponent of 2 ** -126
-                values[1::2] *= 16
-                weight = ((values.double() * 2.0**-133 * low + high) * 2.0**23).float()[:num_rows]
-            else:
-                weight = ((values + 1024 - high) * low)[:num_rows]
+            weight = self.int4_weight(words, params, x.dtype, group)[:num_rows]
         y = x.float() @ weight.T
         out.copy_(y + bias.float() if constants["BIAS"] else y)
+
+    def int4_weight(self, words: Tensor, params: Tensor, dtype: torch.dtype, group: int) -> Tensor:
+        low, high = (self.by_group(params, dtype, low=low, group=group) for low in (True, False))
+        values = self.fragments(words)
+        if dtype == torch.bfloat16:  # odd outputs lie four bits higher, below the exponent of 2 ** -126
+            values[1::2] *= 16
+            return ((values.double() * 2.0**-133 * low + high) * 2.0**23).float()
+        return (values + 1024 - high) * low
 
     def fragments(self, words: Tensor) -> Tensor:
         """4-bit values [outputs, inputs]: registers of ``wgmma`` m64k16 by thread (PTX ISA, figure of matrix A)."""
@@ -110,9 +113,30 @@ class StandIn:
         return rows.repeat_interleave(group, dim=1)
 
 
+class PackedStandIn(StandIn):
+    """The same for the kernel with two groups of warps."""
+
+    def run(self, num_programs: int, arguments: tuple[Any, ...], constants: dict[str, Any]) -> None:
+        out, partial, arrivals, x, words, params, bias, num_tokens, num_rows, token_tiles = arguments
+        in_features, block_m = constants["K"], constants["BLOCK_M"]
+        num_tiles = -(-num_rows // TILE) * token_tiles
+        assert x.block_shape == [block_m, 64]
+        assert x.base.shape == (num_tokens, in_features)
+        assert (token_tiles - 1) * block_m < num_tokens <= token_tiles * block_m
+        assert 2 * num_tiles <= arrivals.numel()
+        assert 1 <= num_programs <= num_tiles * (in_features // STEP)
+        assert partial.shape == (num_programs, TILE, block_m)
+        assert words.block_shape == [64, 32]  # of a tile, those of a step
+        words = words.base.view(-1, in_features // STEP, 2, 2, 512)
+        weight = self.int4_weight(words, params, x.base.dtype, constants["GROUP"])[:num_rows]
+        y = x.base.float() @ weight.T
+        out.copy_(y + bias.float() if constants["BIAS"] else y)
+
+
 @pytest.fixture
 def _stand_in(monkeypatch: pytest.MonkeyPatch, device: torch.device) -> Iterator[None]:
     monkeypatch.setattr(hopper_stream, "_stream", StandIn())
+    monkeypatch.setattr(hopper_packed, "_multiply_packed", PackedStandIn())
     with device:  # writing weights out is a kernel even here
         yield
 
@@ -143,7 +167,7 @@ def fp8(num_in: int, num_out: int, block: tuple[int, int] | None, dtype: torch.d
 
 
 @pytest.mark.usefixtures("_stand_in")
-@pytest.mark.parametrize("num_tokens", [0, 1, 9, 17, 65, 512, 513])
+@pytest.mark.parametrize("num_tokens", [0, 1, 9, 17, 65, 385, 1024, 1025])
 @pytest.mark.parametrize(("num_in", "num_out", "group_size"), [(256, 72, 64), (384, 264, 128), (256, 128, 256)])
 def test_4_bit_weights_meet_every_number_of_tokens(num_tokens: int, num_in: int, num_out: int, group_size: int) -> None:
     need, weight = packed(num_in, num_out, group_size, ordered=group_size != 128)
@@ -246,7 +270,7 @@ def test_a_tile_that_programs_share_is_added_up_by_the_first_of_them(
     )  # fmt: skip
     monkeypatch.setattr(hopper_stream, "gl", gl)
     monkeypatch.setattr(hopper_stream, "program_of", program_of.fn)
-    monkeypatch.setattr(hopper_stream, "_output_layout", lambda *_: None)
+    monkeypatch.setattr(hopper_stream, "output_layout", lambda *_: None)
     total = num_tiles * num_steps
     steps = torch.randint(-9, 9, (total, 128, block_m)).float()
     out = Pointer(torch.full((num_tokens * num_rows,), float("nan")))
@@ -281,7 +305,7 @@ def test_tilings_fit_their_processor(num_tokens: int, out_features: int) -> None
         (int4_tiling(out_features, num_tokens, 132), 64),
         (fp8_tiling(out_features, num_tokens, 132), 128),
     ):
-        assert tile.block_m >= min(num_tokens, 128)
+        assert tile.block_m >= min(num_tokens, 64 if step_bytes == 64 else 128)
         assert tile.num_stages >= 3  # the depth that the loop counts on
         stage = TILE * step_bytes + tile.block_m * STEP * 2 + 2 * TILE * 4
         assert tile.resident * tile.num_stages * stage <= SHARED_MEMORY
@@ -289,6 +313,23 @@ def test_tilings_fit_their_processor(num_tokens: int, out_features: int) -> None
         assert tile.num_programs == tile.resident * 132
         # programs that start early find no room for more of them on one processor than on another
         assert tile.resident > 1 or 2 * tile.num_stages * (stage - 2 * TILE * 4) > SHARED_MEMORY
+
+
+@given(st.integers(65, 1024), st.integers(1, 60000), st.integers(1, 200))
+def test_packed_tilings_fit_their_processor(num_tokens: int, out_features: int, num_steps: int) -> None:
+    tile = packed_tiling(out_features, num_steps * STEP, num_tokens, 132)
+    assert tile.num_stages * (tile.block_m * STEP * 2 + TILE * (64 + 8)) + 256 <= SHARED_MEMORY
+    assert 66 < tile.num_programs <= 132  # one for each processor, at most half of which idle
+    num_tiles = -(-out_features // TILE) * -(-num_tokens // tile.block_m)
+    if tile.num_programs < 132:
+        assert tile.num_programs % num_tiles == 0
+
+
+def test_tiles_are_shared_only_where_that_saves_more_than_it_costs() -> None:
+    assert packed_tiling(6144, 4096, 256, 132).num_programs == 96  # a tile each
+    assert packed_tiling(4096, 4096, 256, 132).num_programs == 128  # half a tile
+    assert packed_tiling(4096, 14336, 384, 132).num_programs == 132  # 96 long tiles
+    assert packed_tiling(28672, 4096, 256, 132).num_programs == 132  # more tiles than processors
 
 
 @pytest.mark.parametrize(("num_in", "num_out", "group_size"), [(128, 72, 64), (384, 256, 128), (256, 128, 256)])

@@ -219,6 +219,12 @@ class Runner:
             graphs = StepGraphs(self._step, shapes, self._cache_slots, max_num_seqs, device)
             self.graphs = graphs if graphs.capture_usual() else None
 
+    @property
+    def tokens(self) -> Tensor:
+        """The tokens of each slot's request, as far as steps were launched [num_slots, max_model_len + 1], int64;
+        anything may stand behind them. On the device, to be read only."""
+        return self._tokens.tensor
+
     # --- the step ----------------------------------------------------------------------------------------------------
 
     @torch.inference_mode()

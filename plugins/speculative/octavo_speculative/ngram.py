@@ -1,12 +1,17 @@
 """Drafts from the sequence itself: what followed the last time when it ended like this (Saxena 2023).
 
-Costs no memory on the device and almost no time, and is right wherever text is copied: editing, summaries, code.
+Costs no memory and little time, and is right wherever text is copied: editing, summaries, code. The search goes through
+the tokens that lie on the device, for all sequences at once.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
 
 from octavo import EngineConfig
 from octavo.interfaces import DrafterContext
@@ -17,42 +22,31 @@ if TYPE_CHECKING:
     from octavo.runner import Runner
 
 
-class NgramIndex:
-    """Where each run of ``shortest`` to ``longest`` tokens of one growing sequence was last followed by another token.
+def propose(tokens: Tensor, lengths: Tensor, settings: NgramSettings, limit: int) -> Tensor:
+    """What followed the latest earlier occurrence of the longest end of each sequence [num_sequences, limit], int64; -1
+    where no end has occurred before. A guess that reaches the sequence's end goes on with itself, so that a repetition
+    is continued for as long as is asked.
 
-    Each token is looked at once: a lookup costs as much as there are new tokens, however long the sequence is.
+    ``tokens`` [num_sequences, max_length] int64, whatever stands behind a sequence's end; ``lengths`` [num_sequences]
+    int64, at least 1. Nothing here waits for the device.
     """
-
-    def __init__(self, shortest: int, longest: int) -> None:
-        self._lengths = range(longest, shortest - 1, -1)
-        self._followers: dict[tuple[int, ...], int] = {}  # run -> position of the token after it
-        self._num_indexed = 0  # positions that were entered as followers
-
-    def guess(self, tokens: Sequence[int], limit: int) -> list[int]:
-        """Up to ``limit`` tokens that followed the latest earlier occurrence of the longest end of ``tokens``.
-
-        ``tokens`` must begin with those of the call before. A guess that reaches the sequence's end goes on with
-        itself, so that a repetition is continued for as long as was asked.
-        """
-        self._extend(tokens)
-        for length in self._lengths:
-            if length >= len(tokens):
-                continue
-            position = self._followers.get(tuple(tokens[-length:]))
-            if position is not None:
-                distance = len(tokens) - position
-                guess = list(tokens[position : position + limit])
-                while len(guess) < limit:
-                    guess.append(guess[-distance])
-                return guess
-        return []
-
-    def _extend(self, tokens: Sequence[int]) -> None:
-        for position in range(self._num_indexed, len(tokens)):
-            for length in self._lengths:
-                if length <= position:
-                    self._followers[tuple(tokens[position - length : position])] = position
-        self._num_indexed = len(tokens)
+    max_length, longest = tokens.shape[1], settings.longest
+    places = torch.arange(max_length, device=tokens.device)
+    padded = F.pad(tokens, (longest, 0), value=-1)  # no end reaches beyond the beginning
+    ends = padded.gather(1, lengths[:, None] + torch.arange(longest, device=tokens.device))
+    # num_same[s, p]: tokens of sequence s before place p that are those at its end
+    num_same = torch.zeros_like(tokens)
+    is_same = places < lengths[:, None]
+    for back in range(longest - 1, -1, -1):
+        is_same = is_same & (padded[:, back : back + max_length] == ends[:, back, None])
+        num_same += is_same
+    rank = torch.where(
+        num_same >= settings.shortest, num_same * max_length + places, -1
+    )  # the longest, then the latest
+    best = rank.amax(dim=1, keepdim=True)
+    follower = best % max_length
+    ahead = torch.arange(limit, device=tokens.device) % (lengths[:, None] - follower).clamp(min=1)
+    return torch.where(best >= 0, tokens.gather(1, follower + ahead), -1)
 
 
 class Ngram:
@@ -62,25 +56,27 @@ class Ngram:
 
     def __init__(self, config: EngineConfig, context: DrafterContext) -> None:
         self._settings = NgramSettings.of(config)
-        self._indexes: dict[Request, NgramIndex] = {}
 
     def start(self, target: Runner) -> None:
-        pass
+        self._tokens = target.tokens
 
     def num_unread(self, requests: Sequence[Request]) -> list[int]:
         return [0] * len(requests)
 
+    @torch.inference_mode()
     def draft(self, requests: Sequence[Request], limits: Sequence[int]) -> list[list[int]]:
-        return [
-            self._index(request).guess(request.tokens, limit) if limit > 0 else []
-            for request, limit in zip(requests, limits, strict=True)
-        ]
+        wanted = [request for request, limit in zip(requests, limits, strict=True) if limit > 0]
+        if not wanted:
+            return [[] for _ in requests]
+        slots, lengths = torch.tensor(
+            [[request.slot for request in wanted], [len(request.tokens) for request in wanted]],
+            device=self._tokens.device,
+        )
+        max_length = max(len(request.tokens) for request in wanted)
+        proposed = propose(self._tokens[:, :max_length][slots], lengths, self._settings, max(limits))
+        found = iter(proposed.tolist())  # the one wait, for all
+        guesses = (next(found) if limit > 0 else [] for limit in limits)
+        return [guess[:limit] if guess and guess[0] >= 0 else [] for guess, limit in zip(guesses, limits, strict=True)]
 
     def release(self, request: Request) -> None:
-        self._indexes.pop(request, None)
-
-    def _index(self, request: Request) -> NgramIndex:
-        index = self._indexes.get(request)
-        if index is None:
-            index = self._indexes[request] = NgramIndex(self._settings.shortest, self._settings.longest)
-        return index
+        pass

@@ -1,13 +1,15 @@
-"""Prompt lookup: the index says what a search through the whole text says."""
+"""Prompt lookup: all sequences at once on the device, and what a search through one text on the host says."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 import hypothesis.strategies as st
+import torch
 from hypothesis import given
 
-from octavo_speculative.ngram import NgramIndex
+from octavo_speculative.ngram import propose
+from octavo_speculative.settings import NgramSettings
 
 
 def search(tokens: Sequence[int], shortest: int, longest: int, limit: int) -> list[int]:
@@ -22,35 +24,39 @@ def search(tokens: Sequence[int], shortest: int, longest: int, limit: int) -> li
     return []
 
 
+def guess(tokens: Sequence[int], shortest: int, longest: int, limit: int) -> list[int]:
+    settings = NgramSettings(shortest, longest)
+    (found,) = propose(torch.tensor([tokens]), torch.tensor([len(tokens)]), settings, limit).tolist()
+    return [] if found[0] < 0 else found
+
+
 @given(
-    tokens=st.lists(st.integers(0, 3), min_size=1, max_size=60),
-    bounds=st.tuples(st.integers(1, 4), st.integers(1, 4)).map(sorted),
+    texts=st.lists(st.lists(st.integers(0, 3), min_size=1, max_size=60), min_size=1, max_size=5),
+    rest=st.lists(st.integers(0, 3), max_size=8),
+    bounds=st.tuples(st.integers(1, 6), st.integers(1, 6)).map(sorted),
     limit=st.integers(1, 6),
-    step=st.integers(1, 7),
 )
-def test_the_index_finds_what_a_search_finds(tokens: list[int], bounds: list[int], limit: int, step: int) -> None:
-    index = NgramIndex(*bounds)
-    for length in range(1, len(tokens) + 1, step):
-        assert index.guess(tokens[:length], limit) == search(tokens[:length], *bounds, limit)
+def test_all_sequences_get_what_a_search_finds(
+    texts: list[list[int]], rest: list[int], bounds: list[int], limit: int
+) -> None:
+    """Whatever stands behind their ends."""
+    width = max(map(len, texts)) + len(rest)
+    table = torch.tensor([(text + rest + [0] * width)[:width] for text in texts])
+    lengths = torch.tensor([len(text) for text in texts])
+    proposed = propose(table, lengths, NgramSettings(*bounds), limit).tolist()
+    assert proposed == [search(text, *bounds, limit) or [-1] * limit for text in texts]
 
 
 def test_the_longest_end_decides() -> None:
     tokens = [1, 2, 3, 7, 9, 2, 3, 8, 1, 2, 3]
-    assert NgramIndex(2, 2).guess(tokens, 1) == [8]
-    assert NgramIndex(2, 3).guess(tokens, 1) == [7]
+    assert guess(tokens, 2, 2, 1) == [8]
+    assert guess(tokens, 2, 3, 1) == [7]
 
 
 def test_a_repetition_goes_on_for_as_long_as_is_asked() -> None:
-    assert NgramIndex(1, 2).guess([5, 6, 5, 6], 7) == [5, 6, 5, 6, 5, 6, 5]
+    assert guess([5, 6, 5, 6], 1, 2, 7) == [5, 6, 5, 6, 5, 6, 5]
 
 
 def test_nothing_is_guessed_where_nothing_repeats() -> None:
-    assert NgramIndex(1, 4).guess([1, 2, 3, 4], 4) == []
-
-
-def test_each_token_is_entered_once() -> None:
-    index = NgramIndex(1, 1)
-    tokens = list(range(100))
-    for length in range(1, 101):
-        index.guess(tokens[:length], 2)
-    assert len(index._followers) == 99
+    assert guess([1, 2, 3, 4], 1, 4, 4) == []
+    assert guess([1], 1, 4, 4) == []

@@ -46,8 +46,10 @@ class TritonCompiler:
     def __init__(self, device: torch.device, num_workers: int) -> None:
         self._jobs: list[_Job] = []
         self._stack = ExitStack()
-        self._pool = ThreadPoolExecutor(num_workers)
-        self._target = self._pool.submit(self._prepare)  # while the weights are loaded
+        self._num_workers = num_workers
+        with_weights = ThreadPoolExecutor(1)  # while they are loaded
+        self._target = with_weights.submit(self._prepare)
+        with_weights.shutdown(wait=False)
         self.num_compiled = 0
 
     @classmethod
@@ -57,7 +59,7 @@ class TritonCompiler:
     def __enter__(self) -> Self:
         self._stack.enter_context(knobs.runtime.scope())
         self._stack.enter_context(knobs.compilation.scope())
-        self._stack.enter_context(self._pool)
+        self._pool = self._stack.enter_context(ThreadPoolExecutor(self._num_workers))
         knobs.runtime.jit_cache_hook = self._note
         knobs.compilation.listener = self._count
         return self

@@ -155,10 +155,10 @@ def test_splits_are_even_where_a_row_is_alone(num_rows: int, batch_invariant: bo
 
 
 @pytest.mark.parametrize("split_prompts", [True, False])
-def test_a_short_prompt_is_split_unless_its_kernel_does_without(split_prompts: bool) -> None:
+def test_a_short_prompt_is_split_unless_its_kernel_does_without(device: torch.device, split_prompts: bool) -> None:
     decodes, prompts = plan_sections(
         Heads(4, 1, 128),
-        torch.ones(4, dtype=torch.int32),
+        torch.ones(4, dtype=torch.int32, device=device),
         num_rows=4,
         num_tokens=3 + 40,
         num_decodes=3,

@@ -154,17 +154,14 @@ def int4_tiling(out_features: int, num_tokens: int, num_processors: int) -> Stre
 def packed_tiling(out_features: int, in_features: int, num_tokens: int, num_processors: int) -> PackedTiling:
     """For more tokens; measured on an H200.
 
-    Of the tiles that hold the fewest tokens beyond the end, the largest: it widens weights least often. But of up to
-    256 tokens a narrow layer has too few large ones, and many programs would share each.
+    Tiles of 256 tokens where those of 128 hold no fewer beyond the end: they widen weights half as often. But of up to
+    256 tokens a narrow layer has too few of them, and many programs would share each.
 
     Runs that end with tiles leave processors idle, and others cost the sharing of tiles, as much as some 16 steps.
     """
     row_tiles = triton.cdiv(out_features, TILE)
-    if row_tiles < num_processors and num_tokens <= 256:
-        sizes: tuple[int, ...] = (128,)
-    else:
-        sizes = (128, 64) if num_tokens <= 192 else (256, 128)
-    block_m = min(sizes, key=lambda size: -num_tokens % size)
+    narrow = row_tiles < num_processors and num_tokens <= 256
+    block_m = 128 if narrow or -num_tokens % 128 < -num_tokens % 256 else 256
     num_tiles = row_tiles * triton.cdiv(num_tokens, block_m)
     num_programs = num_processors
     if num_tiles <= num_processors:
@@ -172,7 +169,7 @@ def packed_tiling(out_features: int, in_features: int, num_tokens: int, num_proc
         num_steps = num_tiles * (in_features // STEP)
         if num_steps / whole - num_steps / num_processors <= 16:
             num_programs = whole
-    return PackedTiling(block_m, {64: 8, 128: 5, 256: 3}[block_m], num_programs)
+    return PackedTiling(block_m, 5 if block_m == 128 else 3, num_programs)
 
 
 def fp8_tiling(out_features: int, num_tokens: int, num_processors: int) -> StreamTiling:

@@ -68,11 +68,11 @@ class TritonCompiler:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._stack.close()  # the pool is the last that was entered: it is waited for first
-        for kernels, key, _ in self._jobs:
+        jobs, self._jobs = self._jobs, []
+        for kernels, key, _ in jobs:
             del kernels[key]
-        for kernels, key, kernel in self._jobs:
+        for kernels, key, kernel in jobs:
             kernels[key] = kernel.result()  # raises what compilation raised
-        self._jobs.clear()
 
     @staticmethod
     def _prepare() -> object:

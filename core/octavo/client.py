@@ -159,8 +159,8 @@ class ProcessClient:
 
     STOP_SECONDS = 10.0  # how long a child may take to stop after its drain time before it is killed
 
-    def __init__(self, resolved: Resolved) -> None:
-        self._resolved = resolved
+    def __init__(self, resolved: Resolved | None = None) -> None:
+        """``resolved`` is what the child builds; without it, :meth:`build` says so later."""
         self._lock = threading.Lock()  # guards the outbox, and that nothing is sent once ``dead`` is set
         self._closing = False
         self._child: subprocess.Popen[bytes] | None = None
@@ -179,11 +179,17 @@ class ProcessClient:
         self._inbox.bind("inproc://commands")
         self._outbox = self._make_socket(zmq.PUSH)
         self._outbox.connect("inproc://commands")
+        if resolved is not None:
+            self.build(resolved)
 
     def launch(self) -> None:
         """Start the child and return at once; :meth:`start` waits for it. May be called more than once."""
         if self._child is None:
             self._child = self._start_child()
+
+    def build(self, resolved: Resolved) -> None:
+        """Tell the child, started or not, what to build."""
+        self._socket.send(msgspec.msgpack.encode({"config": resolved.config, "manifest": resolved.manifest}))
 
     def start(self, on_outputs: OutputsCallback, on_death: DeathCallback) -> None:
         self.launch()
@@ -263,12 +269,9 @@ class ProcessClient:
     def _start_child(self) -> subprocess.Popen[bytes]:
         environment = {**os.environ}
         environment.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # spinning threads starve everybody else on small machines
-        child = subprocess.Popen(
+        return subprocess.Popen(
             [sys.executable, "-m", "octavo.worker", self._address], stdin=subprocess.PIPE, env=environment
         )
-        resolved = self._resolved
-        self._socket.send(msgspec.msgpack.encode({"config": resolved.config, "manifest": resolved.manifest}))
-        return child
 
     def _send_if_alive(self, command: Command) -> None:
         with self._lock:

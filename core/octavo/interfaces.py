@@ -278,11 +278,11 @@ class Kernel(Protocol):
 
 
 class KernelCompiler(Protocol):
-    """Compiles kernels side by side that launches would compile one after another. A context manager.
+    """Makes kernels ready side by side, where launches would compile or load one after another. A context manager.
 
-    Within it, a launch of a kernel that is not compiled yet is noted and not carried out: what it would have computed
-    is undefined, so only the shapes of a trial run mean something. Leaving it waits until all that was noted is
-    compiled, and raises what went wrong. It is made before the weights are loaded, and may prepare itself meanwhile.
+    Within it, a launch of a kernel that is not ready is noted and not carried out: what it would have computed is
+    undefined, so only the shapes of a trial run mean something. Leaving it waits until all that was noted is ready,
+    and raises what went wrong. It is made before the weights are loaded, and may prepare itself meanwhile.
     """
 
     num_compiled: int  # so far; what lay in a cache is not counted

@@ -49,7 +49,7 @@ def main(address: str) -> int:
 
 def _run(socket: zmq.Socket[bytes]) -> None:
     # imported here, so that the parent is told whatever goes wrong, and before the parent says what to build: torch is
-    # the slowest part, and the parent has a tokenizer to load meanwhile
+    # the slowest part, and the parent finds that out meanwhile
     from octavo.plugins import PluginHost
     from octavo.startup import build_engine, reproduce
 

@@ -1,7 +1,7 @@
 """Compiles the kernels that a trial run asks for side by side, where a launch would compile one after another.
 
-Triton asks a hook before it compiles. Ours has a thread compile the kernel, or find it in Triton's cache on disk, and
-declines the launch. Threads are enough: most of a compilation is LLVM and ``ptxas``, which leave Python's lock alone.
+Triton asks a hook before it compiles. Ours declines, and has a thread compile the kernel, or find it in Triton's cache
+on disk, and load it. Threads are enough: most of a compilation is LLVM and ``ptxas``, which leave Python's lock alone.
 """
 
 from __future__ import annotations
@@ -46,8 +46,10 @@ class TritonCompiler:
     def __init__(self, device: torch.device, num_workers: int) -> None:
         self._jobs: list[_Job] = []
         self._stack = ExitStack()
-        self._pool = ThreadPoolExecutor(num_workers)
-        self._target = self._pool.submit(self._prepare)  # while the weights are loaded
+        self._num_workers = num_workers
+        with_weights = ThreadPoolExecutor(1)  # while they are loaded
+        self._target = with_weights.submit(self._prepare)
+        with_weights.shutdown(wait=False)
         self.num_compiled = 0
 
     @classmethod
@@ -57,7 +59,7 @@ class TritonCompiler:
     def __enter__(self) -> Self:
         self._stack.enter_context(knobs.runtime.scope())
         self._stack.enter_context(knobs.compilation.scope())
-        self._stack.enter_context(self._pool)
+        self._pool = self._stack.enter_context(ThreadPoolExecutor(self._num_workers))
         knobs.runtime.jit_cache_hook = self._note
         knobs.compilation.listener = self._count
         return self
@@ -66,11 +68,11 @@ class TritonCompiler:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._stack.close()  # the pool is the last that was entered: it is waited for first
-        for kernels, key, _ in self._jobs:
+        jobs, self._jobs = self._jobs, []
+        for kernels, key, _ in jobs:
             del kernels[key]
-        for kernels, key, kernel in self._jobs:
+        for kernels, key, kernel in jobs:
             kernels[key] = kernel.result()  # raises what compilation raised
-        self._jobs.clear()
 
     @staticmethod
     def _prepare() -> object:

@@ -3,8 +3,8 @@
 As in ``hopper_stream.py``, weights are widened in registers, where ``wgmma`` takes its left operand, and programs take
 equal runs of steps. But with many tokens a group of warps is busy handing its products to the matrix unit for most of
 their time, and cannot widen the next weights meanwhile. So there are two groups, each with its own outputs of a tile:
-while one widens, the other multiplies. They share the tokens, and never wait for each other. (That each waits for its
-turn was tried, and so was to widen ahead of a product; neither gained.)
+while one widens, the other multiplies. They share the tokens, and never wait for each other: they fall into turns
+by themselves.
 """
 
 from __future__ import annotations

@@ -204,6 +204,23 @@ def test_a_closed_client_leaves_no_process_and_no_folder(
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("octavo-")]
 
 
+def test_a_child_may_start_before_it_is_known_what_to_build(tiny_llama: Path) -> None:
+    client = ProcessClient()
+    client.launch()
+    client.build(resolve(config(tiny_llama)))
+    client.start(lambda outputs: None, lambda error: None)
+    assert client.info.num_blocks == 64
+    client.close()
+
+
+def test_a_child_that_is_never_told_what_to_build_is_stopped() -> None:
+    client = ProcessClient()
+    client.launch()
+    process_id = client.process_id
+    client.close()
+    assert not alive(process_id)
+
+
 PARENT = """
 import sys, time
 from octavo.client import ProcessClient

@@ -122,7 +122,9 @@ def test_the_fast_kernels_serve_them(name: str) -> None:
 
 @pytest.mark.skipif(not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != 9, reason="for Hopper")
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-@pytest.mark.parametrize(("num_in", "num_out", "group_size"), [(256, 72, 64), (4096, 6144, 128), (1408, 520, 128)])
+@pytest.mark.parametrize(
+    ("num_in", "num_out", "group_size"), [(256, 72, 64), (1024, 17408, 128), (4096, 6144, 128), (1408, 520, 128)]
+)
 @torch.inference_mode()
 def test_4_bit_products_of_every_number_of_tokens(
     num_in: int, num_out: int, group_size: int, dtype: torch.dtype
@@ -134,7 +136,7 @@ def test_4_bit_products_of_every_number_of_tokens(
     bias = torch.randn(num_out, device="cuda", dtype=dtype)
     product = HopperPacked(need, weight, bias)
     exact = weight.dequantize(torch.float32)
-    for num_tokens in (1, 9, 33, 64, 65, 128, 200, 256, 384, 385, 600, 1024, 1025):
+    for num_tokens in (1, 9, 33, 64, 65, 128, 160, 200, 256, 384, 385, 600, 1024, 1025):
         x = torch.randn(num_tokens, num_in, device="cuda", dtype=dtype)
         expected = x.float() @ exact.T + bias.float()
         found = product.apply(x)

@@ -90,14 +90,16 @@ def run(args: argparse.Namespace, config: EngineConfig) -> int:
     with listen.bind() as taken:
         # imported here: a mistake in the options must not cost what running costs
         from octavo.client import ProcessClient
-        from octavo.server.service import Service
-        from octavo.startup import make_text, resolve
 
-        resolved = resolve(config)
-        server_config = _server_config(args, config, resolved)
-        client = ProcessClient(resolved)
+        client = ProcessClient()
         try:
-            client.launch()  # the engine loads in its process while the tokenizer loads in this one
+            client.launch()  # the engine's process imports what it needs, then loads, while this one does
+            from octavo.server.service import Service
+            from octavo.startup import make_text, resolve
+
+            resolved = resolve(config)
+            server_config = _server_config(args, config, resolved)
+            client.build(resolved)
             service = Service(
                 client,
                 make_text(resolved, chat_template=chat_template),

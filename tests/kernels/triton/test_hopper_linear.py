@@ -325,6 +325,18 @@ def test_packed_tilings_fit_their_processor(num_tokens: int, out_features: int, 
         assert tile.num_programs % num_tiles == 0
 
 
+@pytest.mark.parametrize(
+    ("num_tokens", "wide", "narrow"),
+    [
+        *[(65, 128, 128), (128, 128, 128), (129, 256, 128), (192, 256, 128), (193, 256, 128), (256, 256, 128)],
+        *[(257, 128, 128), (384, 128, 128), (385, 256, 256), (512, 256, 256), (640, 128, 128), (768, 256, 256)],
+    ],
+)
+def test_tiles_are_as_large_as_they_can_be_without_more_padding(num_tokens: int, wide: int, narrow: int) -> None:
+    assert packed_tiling(28672, 4096, num_tokens, 132).block_m == wide
+    assert packed_tiling(4096, 14336, num_tokens, 132).block_m == narrow
+
+
 def test_tiles_are_shared_only_where_that_saves_more_than_it_costs() -> None:
     assert packed_tiling(6144, 4096, 256, 132).num_programs == 96  # a tile each
     assert packed_tiling(4096, 4096, 256, 132).num_programs == 128  # half a tile

@@ -228,12 +228,14 @@ class AdaptiveController:
     """
 
     ALLOWANCE = 0.005  # of the time may be spent on trying
-    TRIAL_DEBT = 1.0  # plain steps
-    MAX_DEBT = 32.0
+    TRIAL_DEBT = 1.5  # plain steps
+    PROMISING_DEBT = 3.0
+    MAX_DEBT = 64.0
     MAX_CREDIT = 8.0  # plain steps that may be saved up, for trials with much to read
     MARGIN = 1.02  # the gain that drafts must promise
     RETURN = 2.0  # what reading must promise to bring in, in its own cost
-    CAUTION = 2.0  # wrong drafts that are added to what all sequences have shown
+    CAUTION = 3.0  # wrong drafts that are added to what all sequences have shown
+    PROMISE = 0.5  # the rate of acceptance from which trials are worth more
     TRIAL_SEQUENCES = 4
     PASSED_OVER = 0.1  # plain steps of reading that are paid to try another sequence, for each draft seen of one
     REFRESH = 128  # steps with drafts after which plain ones are measured again
@@ -311,7 +313,7 @@ class AdaptiveController:
         reading = num_read * self._reading_time()
         if reading > added:
             if self._reading is None:
-                self._reading = _Recent([reading / num_read] * 2)
+                self._reading = _Recent([reading / num_read])
             self._reading.add(max(0.0, seconds - plain - added) / num_read)
         elif any(limits):
             expected = self._expected(limits, plain)
@@ -382,18 +384,20 @@ class AdaptiveController:
         return chosen
 
     def _trial(self, sequences: Sequence[Prospect], reading: np.ndarray) -> np.ndarray:
-        """A draft for as many of a few sequences as may be lost [num_sequences]: for those of whom little was seen and
-        little is to be read."""
-        plain = self._plain[_size_class(len(sequences))].value
-        unknown = _Rate()
+        """As many drafts for as many of a few sequences as may be lost [num_sequences]: for those of whom little was
+        seen and little is to be read. A single draft each, unless most that were seen have been right."""
+        plain, unknown = self._plain[_size_class(len(sequences))].value, _Rate()
         num_seen = np.array([self._rates.get(sequence.key, unknown).num_seen for sequence in sequences])
-        order = np.argsort(reading + self.PASSED_OVER * plain * num_seen, kind="stable")
-        for count in range(min(self.TRIAL_SEQUENCES, len(order)), 0, -1):
-            limits = np.zeros(len(order), np.int64)
-            limits[order[:count]] = 1
-            cost = plain * self._added(limits, plain) + reading[order[:count]].sum()
-            if cost <= self._balance + self.TRIAL_DEBT * plain:
-                return limits
+        promising = self._overall.value(0.0, 1.0) >= self.PROMISE
+        debt = self.PROMISING_DEBT if promising else self.TRIAL_DEBT
+        order = np.argsort(reading + self.PASSED_OVER * plain * num_seen * (not promising), kind="stable")
+        for depth in range(self._num_tokens if promising else 1, 0, -1):
+            for count in range(min(self.TRIAL_SEQUENCES, len(order)), 0, -1):
+                limits = np.zeros(len(order), np.int64)
+                limits[order[:count]] = depth
+                cost = plain * self._added(limits, plain) + reading[order[:count]].sum()
+                if cost <= self._balance + debt * plain:
+                    return limits
         return np.zeros(len(order), np.int64)
 
 

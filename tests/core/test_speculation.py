@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import hypothesis.strategies as st
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from tests.core.test_scheduler import make_request, make_scheduler
 
 from octavo.batch import StepPlan
@@ -217,6 +217,7 @@ def test_what_is_known_of_a_finished_sequence_is_forgotten() -> None:
     draft=st.floats(0.0, 10.0),
     jumps=st.integers(0, 3),
 )
+@example(acceptance=[0.75], base=2.0, slope=0.5, draft=4.0, jumps=0)  # right often, but dear
 def test_it_never_loses(acceptance: list[float], base: float, slope: float, draft: float, jumps: int) -> None:
     """Whatever things cost and however acceptance changes: two percent, and a few steps."""
     controller, machine = AdaptiveController(MAX_TOKENS), Machine(acceptance, base, slope, draft)

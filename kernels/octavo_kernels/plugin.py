@@ -34,6 +34,7 @@ def octavo_kernels() -> list[KernelProvider]:
         "sample": "octavo_kernels.sample:TritonSample",
     }
     hopper = {
+        "linear": "octavo_kernels.hopper_gated:HopperLinear",
         "linear_packed": "octavo_kernels.hopper_linear:HopperPacked",
         "linear_fp8": "octavo_kernels.hopper_linear:HopperFp8",
     }

@@ -146,7 +146,7 @@ MBARRIER = SimpleNamespace(
     init=lambda barrier, count: barrier.init(count),
     wait=lambda barrier, parity: barrier.wait(parity),
     expect=lambda barrier, num_bytes: barrier.arrive(num_bytes),
-    arrive=lambda barrier: barrier.arrive(),
+    arrive=lambda barrier, pred=True: barrier.arrive() if pred else None,
 )
 """What kernels call on them, in place of Gluon's module."""
 

@@ -24,6 +24,11 @@ def octavo_kernel_compilers() -> list[Provider]:
 
 
 @hookimpl
+def octavo_kernel_benchmarks() -> list[Provider]:
+    return [Provider("gated", "octavo_kernels.bench:gated_cases", requires=REQUIRES)]
+
+
+@hookimpl
 def octavo_kernels() -> list[KernelProvider]:
     targets = {
         "rms_norm": "octavo_kernels.norm:TritonRMSNorm",

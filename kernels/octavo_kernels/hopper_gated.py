@@ -33,7 +33,7 @@ STEP = 64
 STAGES = 4
 """Steps on their way."""
 
-NEIGHBOURS = 8
+NEIGHBOURS = 16
 """Tiles of tokens that take the same weights one after the other, so that the processors share what L2 holds."""
 
 

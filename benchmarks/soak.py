@@ -78,7 +78,7 @@ def soak(engine: Engine, minutes: float, seed: int) -> None:
             num_submitted += 1
             open_samples[submit.request_id] = submit.params.n
             engine.submit(submit)
-        if open_samples and pick.random() < 0.01:
+        if open_samples and pick.random() < (0.01 if arriving else 0.2):  # in the end most of what is left
             engine.abort(Abort(pick.choice(list(open_samples)), pick.choice([None, 0])))
         launched = engine.launch()
         outputs = engine.settle(in_flight) if in_flight or not launched else None

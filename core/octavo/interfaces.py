@@ -219,6 +219,26 @@ class FormsInput(LinearMethod, Protocol):
     form: Hashable | None  # None: a plain tensor is best
 
 
+@runtime_checkable
+class GatesOutput(LinearMethod, Protocol):
+    """A linear method that, for fused [gate | up] projections, can do without the activation after it."""
+
+    def apply_gated(self, x: Tensor) -> Tensor | None:
+        """x [num_tokens, in_features] -> ``silu(gate) * up`` [num_tokens, out_features / 2]; None: for so many tokens
+        ``apply`` and an activation take less time."""
+        ...
+
+
+@runtime_checkable
+class AddsOutput(LinearMethod, Protocol):
+    """A linear method that can add its output to a residual, which the norm after it would otherwise do."""
+
+    def apply_onto(self, x: Tensor, residual: Tensor) -> Tensor | None:
+        """x [num_tokens, in_features] -> what is to be added to ``residual`` [num_tokens, out_features]; None: it has
+        been added, in place."""
+        ...
+
+
 class Quantization(Protocol):
     """A weight format of linear layers. Made once per model from the checkpoint's ``quantization_config``."""
 

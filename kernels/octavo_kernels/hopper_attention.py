@@ -144,8 +144,40 @@ def _attend_tiles(
 
 
 @gluon.jit
+def _find_row(tile, base, query_start_ptr, first_row, num_rows, TOKENS: gl.constexpr):
+    """The row whose queries a tile of TOKENS has; a row has one tile more than it fills.
+
+    Looks at many rows at a time: to halve them would be to wait for memory again and again.
+    """
+    AT_ONCE: gl.constexpr = 128
+    count = 0
+    for start in range(0, num_rows, AT_ONCE):
+        row = start + gl.arange(0, AT_ONCE, layout=gl.BlockedLayout([1], [32], [4], [0]))
+        inside = row < num_rows
+        begins = (gl.load(query_start_ptr + first_row + row, mask=inside, other=0) - base) // TOKENS + row
+        count += gl.sum((inside & (begins <= tile)).to(gl.int32), axis=0)
+    return first_row + count - 1
+
+
+@gluon.jit
+def _rows_of_part(
+    first_token, first_query, query_len, head, PART: gl.constexpr, NUM_KV_HEADS: gl.constexpr, GROUP: gl.constexpr,
+    HEAD_DIM: gl.constexpr, BLOCK_M: gl.constexpr,
+):  # fmt: skip
+    """Where a group's half of the rows lies among queries and outputs, [BLOCK_M / 2, HEAD_DIM], and which there are."""
+    LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [2, 16], [4, 1], [1, 0])
+    m = PART * (BLOCK_M // 2) + gl.arange(0, BLOCK_M // 2, layout=gl.SliceLayout(1, LAYOUT))
+    d = gl.arange(0, HEAD_DIM, layout=gl.SliceLayout(0, LAYOUT))
+    token = first_query + m // GROUP
+    valid = (m < BLOCK_M // GROUP * GROUP) & (token < query_len)
+    offsets = ((first_token + token).to(gl.int64) * (NUM_KV_HEADS * GROUP) + head * GROUP + m % GROUP) * HEAD_DIM
+    return offsets[:, None] + d[None, :], valid[:, None]
+
+
+@gluon.jit
 def _attend_rows(
     out_ptr,
+    query_ptr,
     queries,
     keys,
     values,
@@ -171,10 +203,15 @@ def _attend_rows(
 ):
     """One group's half of the rows: the PART-th."""
     rows: gl.constexpr = BLOCK_M // 2
-    tokens_per_tile: gl.constexpr = BLOCK_M // GROUP
     MMA: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, BLOCK_N, 16])
     operand: gl.constexpr = gl.DotOperandLayout(0, MMA, 2)
     query = queries.index(PART)
+    offsets, valid = _rows_of_part(
+        first_token, first_query, query_len, head, PART, NUM_KV_HEADS, GROUP, HEAD_DIM, BLOCK_M
+    )
+    query.store(gl.load(query_ptr + offsets, mask=valid, other=0.0))
+    fence_async_shared()
+    gl.thread_barrier()
     m = PART * rows + gl.arange(0, rows, layout=gl.SliceLayout(1, MMA))
     position = seq_len - query_len + first_query + m // GROUP
     full_tiles = (seq_len - query_len + first_query + 1) // BLOCK_N  # of these every row sees everything
@@ -216,14 +253,12 @@ def _attend_rows(
     accumulator = warpgroup_mma_wait(0, deps=[accumulator])
 
     result = (accumulator * (value_scale / total)[:, None]).to(out_ptr.dtype.element_ty)
-    STORE: gl.constexpr = gl.BlockedLayout([1, 8], [2, 16], [4, 1], [1, 0])
-    result = gl.convert_layout(result, STORE)
-    m = PART * rows + gl.arange(0, rows, layout=gl.SliceLayout(1, STORE))
-    d = gl.arange(0, HEAD_DIM, layout=gl.SliceLayout(0, STORE))
-    token = first_query + m // GROUP
-    valid = (m < tokens_per_tile * GROUP) & (token < query_len)
-    offsets = ((first_token + token).to(gl.int64) * (NUM_KV_HEADS * GROUP) + head * GROUP + m % GROUP) * HEAD_DIM
-    gl.store(out_ptr + offsets[:, None] + d[None, :], result, mask=valid[:, None])
+    offsets, valid = _rows_of_part(
+        first_token, first_query, query_len, head, PART, NUM_KV_HEADS, GROUP, HEAD_DIM, BLOCK_M
+    )
+    gl.store(
+        out_ptr + offsets, gl.convert_layout(result, gl.BlockedLayout([1, 8], [2, 16], [4, 1], [1, 0])), mask=valid
+    )
 
 
 @gluon.jit(
@@ -256,7 +291,6 @@ def _prefill_attention(
     """Program (key/value head, tile of queries)."""
     tokens_per_tile: gl.constexpr = BLOCK_M // GROUP
     blocks: gl.constexpr = BLOCK_N // BLOCK_SIZE
-    rows: gl.constexpr = BLOCK_M // 2
     head = gl.program_id(0)
     tile = gl.num_programs(1) - 1 - gl.program_id(1)  # the longest contexts first
     if PDL:
@@ -264,42 +298,27 @@ def _prefill_attention(
         gdc_wait()
 
     base = gl.load(query_start_ptr + first_row)
-    low = first_row
-    high = first_row + num_rows
-    while high - low > 1:
-        middle = (low + high) // 2
-        begins = (gl.load(query_start_ptr + middle) - base) // tokens_per_tile + middle - first_row
-        if begins <= tile:
-            low = middle
-        else:
-            high = middle
-    first_token = gl.load(query_start_ptr + low)
-    local_tile = tile - ((first_token - base) // tokens_per_tile + low - first_row)
-    query_len = gl.load(query_start_ptr + low + 1) - first_token
-    seq_len = gl.load(seq_lens_ptr + low)
+    row = _find_row(tile, base, query_start_ptr, first_row, num_rows, tokens_per_tile)
+    first_token = gl.load(query_start_ptr + row)
+    local_tile = tile - ((first_token - base) // tokens_per_tile + row - first_row)
+    query_len = gl.load(query_start_ptr + row + 1) - first_token
+    seq_len = gl.load(seq_lens_ptr + row)
     first_query = local_tile * tokens_per_tile
     if first_query >= query_len:
         return
     context_end = gl.minimum(seq_len, seq_len - query_len + first_query + tokens_per_tile)
 
-    SHARED: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
-    LOAD: gl.constexpr = gl.BlockedLayout([1, 8], [2, 16], [4, 1], [1, 0])
     dtype: gl.constexpr = query_ptr.dtype.element_ty
-    queries = gl.allocate_shared_memory(dtype, [2, rows, HEAD_DIM], SHARED)
-    for part in gl.static_range(2):
-        m = part * rows + gl.arange(0, rows, layout=gl.SliceLayout(1, LOAD))
-        d = gl.arange(0, HEAD_DIM, layout=gl.SliceLayout(0, LOAD))
-        token = first_query + m // GROUP
-        valid = (m < tokens_per_tile * GROUP) & (token < query_len)
-        offsets = ((first_token + token).to(gl.int64) * (NUM_KV_HEADS * GROUP) + head * GROUP + m % GROUP) * HEAD_DIM
-        query = gl.load(query_ptr + offsets[:, None] + d[None, :], mask=valid[:, None], other=0.0)
-        queries.index(part).store(query)
-        if context_end <= 0:  # a row with no context, such as a graph's padding, gives zeros
-            gl.store(out_ptr + offsets[:, None] + d[None, :], gl.zeros_like(query), mask=valid[:, None])
-    if context_end <= 0:
+    if context_end <= 0:  # a row with no context, such as a graph's padding, gives zeros
+        for part in gl.static_range(2):
+            offsets, valid = _rows_of_part(
+                first_token, first_query, query_len, head, part, NUM_KV_HEADS, GROUP, HEAD_DIM, BLOCK_M
+            )
+            gl.store(out_ptr + offsets, gl.zeros_like(offsets).to(dtype), mask=valid)
         return
-    fence_async_shared()
 
+    SHARED: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
+    queries = gl.allocate_shared_memory(dtype, [2, BLOCK_M // 2, HEAD_DIM], SHARED)
     # A tile [BLOCK_N, HEAD_DIM] lies in shared memory as [half of the head, BLOCK_N, 64], so a block's part of it is
     # two contiguous pieces.
     num_parts: gl.constexpr = STAGES * (HEAD_DIM // 64) * blocks
@@ -319,18 +338,18 @@ def _prefill_attention(
 
     num_tiles = gl.cdiv(context_end, BLOCK_N)
     last_block = (seq_len - 1) // BLOCK_SIZE
-    table_ptr = block_tables_ptr + low.to(gl.int64) * block_tables_stride
+    table_ptr = block_tables_ptr + row.to(gl.int64) * block_tables_stride
     gl.warp_specialize(
         [
             (_attend_rows, (
-                out_ptr, queries, keys, values, key_full, key_empty, value_full, value_empty, num_tiles, first_token,
-                first_query, query_len, seq_len, head, scale, value_scale, 0, NUM_KV_HEADS, GROUP, HEAD_DIM, BLOCK_M,
-                BLOCK_N, STAGES,
+                out_ptr, query_ptr, queries, keys, values, key_full, key_empty, value_full, value_empty, num_tiles,
+                first_token, first_query, query_len, seq_len, head, scale, value_scale, 0, NUM_KV_HEADS, GROUP,
+                HEAD_DIM, BLOCK_M, BLOCK_N, STAGES,
             )),
             (_attend_rows, (
-                out_ptr, queries, keys, values, key_full, key_empty, value_full, value_empty, num_tiles, first_token,
-                first_query, query_len, seq_len, head, scale, value_scale, 1, NUM_KV_HEADS, GROUP, HEAD_DIM, BLOCK_M,
-                BLOCK_N, STAGES,
+                out_ptr, query_ptr, queries, keys, values, key_full, key_empty, value_full, value_empty, num_tiles,
+                first_token, first_query, query_len, seq_len, head, scale, value_scale, 1, NUM_KV_HEADS, GROUP,
+                HEAD_DIM, BLOCK_M, BLOCK_N, STAGES,
             )),
             (_load_blocks, (
                 kv_descriptor, table_ptr, key_blocks, value_blocks, key_full, key_empty, value_full, value_empty,

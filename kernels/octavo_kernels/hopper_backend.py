@@ -5,15 +5,14 @@ from __future__ import annotations
 from typing import ClassVar
 
 import torch
-import triton
 from torch import Tensor
 
 from octavo.batch import ForwardBatch
 from octavo.interfaces import AttentionNeed, AttentionSpec
 from octavo_kernels.attention import Section, paged_attention
 from octavo_kernels.backend import TritonAttention
+from octavo_kernels.launch import missing_hopper
 
-TRITON = "3.6"  # whose Gluon the kernel is written in; it is experimental and changes from version to version
 HEAD_DIM = 128
 BLOCK_SIZES = (8, 16, 32, 64, 128)  # they fill a tile, in whole swizzle patterns of 8 rows
 
@@ -36,11 +35,7 @@ class HopperAttention(TritonAttention):
 
     @classmethod
     def missing(cls, need: AttentionNeed) -> list[str]:
-        reasons = super().missing(need)
-        if need.device.type == "cuda" and (capability := torch.cuda.get_device_capability(need.device))[0] != 9:
-            reasons.append(f"it needs compute capability 9, and this device has {capability[0]}.{capability[1]}")
-        if triton.__version__.split(".")[:2] != TRITON.split("."):
-            reasons.append(f"it is written for Triton {TRITON}, and this is {triton.__version__}")
+        reasons = [*super().missing(need), *missing_hopper(need.device)]
         if need.head_dim != HEAD_DIM:
             reasons.append(f"head_dim must be {HEAD_DIM}, not {need.head_dim}")
         if need.kv_dtype != need.dtype:

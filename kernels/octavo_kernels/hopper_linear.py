@@ -17,7 +17,7 @@ from torch import Tensor
 from octavo_kernels.fp8_tokens import RoundedTokens, TokenRounding, round_tokens
 from octavo_kernels.hopper_packed import PackedTiling, multiply_packed
 from octavo_kernels.hopper_stream import STEP, TILE, StreamedWeight, StreamTiling, int4_factor, stream
-from octavo_kernels.launch import describe, missing_device
+from octavo_kernels.launch import describe, missing_device, missing_hopper
 
 
 @triton.jit
@@ -186,11 +186,9 @@ def fp8_tiling(out_features: int, num_tokens: int, num_processors: int) -> Strea
     return StreamTiling(128, num_stages=4, num_warps=8, resident=1, num_programs=num_processors)
 
 
-def missing_hopper(device: torch.device, dtype: torch.dtype, in_features: int) -> list[str]:
+def missing_stream(device: torch.device, dtype: torch.dtype, in_features: int) -> list[str]:
     """Why :func:`octavo_kernels.hopper_stream.stream` cannot multiply; empty: it can."""
-    reasons = missing_device(device, dtype)
-    if device.type == "cuda" and (capability := torch.cuda.get_device_capability(device))[0] != 9:
-        reasons.append(f"it is made for compute capability 9.0 (Hopper), not {capability[0]}.{capability[1]}")
+    reasons = [*missing_device(device, dtype), *missing_hopper(device)]
     if in_features % STEP:
         reasons.append(f"it reads {STEP} inputs at a time, of which {in_features} is no multiple")
     return reasons
@@ -215,7 +213,7 @@ class HopperPacked:
 
     @classmethod
     def missing(cls, need: Any) -> list[str]:
-        reasons = missing_hopper(need.device, need.dtype, need.in_features)
+        reasons = missing_stream(need.device, need.dtype, need.in_features)
         if need.bits != 4:
             reasons.append(f"it has 4-bit weights, not {need.bits}-bit ones")
         if need.group_size != 64 and need.group_size % STEP:
@@ -292,7 +290,7 @@ class HopperFp8:
 
     @classmethod
     def missing(cls, need: Any) -> list[str]:
-        reasons = missing_hopper(need.device, need.dtype, need.in_features)
+        reasons = missing_stream(need.device, need.dtype, need.in_features)
         if need.column_block < need.in_features and need.column_block % STEP:
             reasons.append(f"its blocks are of a multiple of {STEP} inputs, not of {need.column_block}")
         return reasons

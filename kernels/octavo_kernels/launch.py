@@ -6,8 +6,12 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
+import triton
 
 DTYPES = (torch.bfloat16, torch.float16)
+
+GLUON = "3.6"
+"""The version of Triton whose Gluon kernels are written in; it is experimental and changes from version to version."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +50,16 @@ def missing_device(device: torch.device, dtype: torch.dtype) -> list[str]:
         reasons.append(f"it needs compute capability 8.0 or above, and this device has {capability[0]}.{capability[1]}")
     if dtype not in DTYPES:
         reasons.append(f"it computes in bfloat16 and float16, not {str(dtype).removeprefix('torch.')}")
+    return reasons
+
+
+def missing_hopper(device: torch.device) -> list[str]:
+    """Why kernels in Gluon, made for Hopper GPUs, cannot run on ``device``; empty: they can."""
+    reasons = []
+    if device.type == "cuda" and (capability := torch.cuda.get_device_capability(device))[0] != 9:
+        reasons.append(f"it is made for compute capability 9.0 (Hopper), not {capability[0]}.{capability[1]}")
+    if triton.__version__.split(".")[:2] != GLUON.split("."):
+        reasons.append(f"it is written for Triton {GLUON}, and this is {triton.__version__}")
     return reasons
 
 

@@ -24,6 +24,11 @@ def octavo_kernel_compilers() -> list[Provider]:
 
 
 @hookimpl
+def octavo_kernel_benchmarks() -> list[Provider]:
+    return [Provider("gated", "octavo_kernels.bench:gated_cases", requires=REQUIRES)]
+
+
+@hookimpl
 def octavo_kernels() -> list[KernelProvider]:
     targets = {
         "rms_norm": "octavo_kernels.norm:TritonRMSNorm",
@@ -34,6 +39,7 @@ def octavo_kernels() -> list[KernelProvider]:
         "sample": "octavo_kernels.sample:TritonSample",
     }
     hopper = {
+        "linear": "octavo_kernels.hopper_gated:HopperLinear",
         "linear_packed": "octavo_kernels.hopper_linear:HopperPacked",
         "linear_fp8": "octavo_kernels.hopper_linear:HopperFp8",
     }

@@ -33,11 +33,13 @@ class ForwardContext:
         """
         return x if self.kept is None else x[self.kept]
 
-    def record(self, layer: int, hidden: Tensor, residual: Tensor | None = None) -> None:
+    def record(self, layer: int, hidden: Tensor | None, residual: Tensor | None = None) -> None:
         """A model that others may build on calls this with what goes into each layer, in two parts as it travels, and
         at last, as the layer after the last one, with what it returns: [num_tokens, hidden_size]."""
         if self.recorder is not None and layer in self.recorder.layers:
-            self.recorder.record(layer, hidden if residual is None else hidden + residual, self.batch)
+            parts = [part for part in (hidden, residual) if part is not None]
+            # what is there in one part becomes the residual, which changes in place
+            self.recorder.record(layer, parts[0] + parts[1] if len(parts) == 2 else parts[0].clone(), self.batch)
 
 
 class Attention:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from octavo.errors import CheckpointError
 from octavo.interfaces import AttentionSpec, LayerLoader, LinearMethod, LinearPart, LinearSpec, Quantization
+from octavo.layers.activation import SiluAndMul
 from octavo.layers.attention import Attention
 from octavo.layers.embedding import Embedding
 from octavo.layers.linear import Linear, load_plain, make_linear
@@ -123,15 +124,15 @@ class Builder:
         need = NormNeed(placement.device, placement.dtype, size, None if into is None else into.form)
         return RMSNorm(weight, eps, self.load.kernel("rms_norm", need)(need))
 
-    def silu_and_mul(self, size: int, *, into: Linear | None = None) -> Any:
-        """A callable: fused [gate | up] of ``size`` each (before sharding) -> silu(gate) * up.
+    def silu_and_mul(self, gate_up: Linear, *, into: Linear | None = None) -> SiluAndMul:
+        """``silu(gate) * up`` of what ``gate_up`` projects, fused from two parts of one size: called with its input.
 
         ``into`` promises that what it returns goes into that layer and nowhere else, so it may be rounded for it.
         """
         placement = self.load.placement
-        size = self.shard.divide(size, "intermediate size")
-        need = ActivationNeed(placement.device, placement.dtype, size, None if into is None else into.form)
-        return self.load.kernel("silu_and_mul", need)(need)
+        form = None if into is None else into.form
+        need = ActivationNeed(placement.device, placement.dtype, gate_up.spec.parts[0].num_rows, form)
+        return SiluAndMul(gate_up, self.load.kernel("silu_and_mul", need)(need), fuses=form is None)
 
     def rotary(self, config: Mapping[str, Any], head_dim: int, *, layer_type: str | None = None) -> RotaryEmbedding:
         """Rotary embeddings as ``config`` describes them; layers that ask for the same share one table.

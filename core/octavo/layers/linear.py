@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from octavo.interfaces import FormsInput, LayerLoader, LinearMethod, LinearPart, LinearSpec
+from octavo.interfaces import AddsOutput, FormsInput, LayerLoader, LinearMethod, LinearPart, LinearSpec
 from octavo.operations import LinearNeed
 
 
@@ -18,10 +18,16 @@ class Linear:
     def __init__(self, spec: LinearSpec, method: LinearMethod) -> None:
         self.spec = spec
         self.method = method
+        self._onto = method.apply_onto if isinstance(method, AddsOutput) else None
 
     def __call__(self, x: Tensor) -> Tensor:
         """x [num_tokens, in_features] -> [num_tokens, out_features]."""
         return self.method.apply(x)
+
+    def onto(self, x: Tensor, residual: Tensor) -> tuple[Tensor | None, Tensor]:
+        """x [num_tokens, in_features] -> the output [num_tokens, out_features] and the residual that it is to be added
+        to, as a norm's ``add`` takes them; None where it has been added."""
+        return self.method.apply(x) if self._onto is None else self._onto(x, residual), residual
 
     @property
     def form(self) -> Hashable | None:

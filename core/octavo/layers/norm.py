@@ -44,9 +44,12 @@ class RMSNorm:
         result: Tensor = self.kernel(x, self.weight, self.eps)
         return result
 
-    def add(self, x: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
-        """(norm of x + residual, x + residual). The first norm of a model has no residual yet: None stands for it."""
-        if residual is None:
-            return self.kernel(x, self.weight, self.eps), x
+    def add(self, x: Tensor | None, residual: Tensor | None) -> tuple[Tensor, Tensor]:
+        """(norm of x + residual, x + residual). The first norm of a model has no residual yet, and after
+        :meth:`octavo.layers.linear.Linear.onto` there may be no x any more: None stands for either."""
+        if x is None or residual is None:
+            total = x if residual is None else residual
+            assert total is not None
+            return self(total), total
         result: tuple[Tensor, Tensor] = self.kernel.add(x, residual, self.weight, self.eps)
         return result

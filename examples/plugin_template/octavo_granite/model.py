@@ -81,12 +81,12 @@ class GraniteLayer:
         )
         self.mlp_norm = build.rms_norm(f"{name}.post_attention_layernorm", hidden_size, eps, into=self.gate_up)
         self.down = build.row_linear(f"{name}.mlp.down_proj", size, hidden_size, bias=mlp_bias)
-        self.activation = build.silu_and_mul(size, into=self.down)
+        self.activation = build.silu_and_mul(self.gate_up, into=self.down)
 
     def __call__(self, x: Tensor, residual: Tensor | None, context: ForwardContext) -> tuple[Tensor, Tensor]:
         """x [num_tokens, hidden_size], and what is still to be added to it -> the next layer's."""
         x, residual = self.attention_norm.add(x, residual)
         x = self.output(self.attention(self.qkv(x), context)) * self.residual_multiplier
         x, residual = self.mlp_norm.add(x, residual)
-        x = self.down(self.activation(self.gate_up(x))) * self.residual_multiplier
+        x = self.down(self.activation(x)) * self.residual_multiplier
         return x, residual

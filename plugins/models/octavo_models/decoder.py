@@ -137,11 +137,11 @@ class GatedMLP:
             f"{name}.gate_up_proj", spec.hidden_size, {"gate_proj": size, "up_proj": size}, bias=spec.mlp_bias
         )
         self.down = build.row_linear(f"{name}.down_proj", size, spec.hidden_size, bias=spec.mlp_bias)
-        self.activation = build.silu_and_mul(size, into=self.down)
+        self.activation = build.silu_and_mul(self.gate_up, into=self.down)
 
-    def __call__(self, x: Tensor) -> Tensor:
-        """x [num_tokens, hidden_size] -> the same shape."""
-        return self.down(self.activation(self.gate_up(x)))
+    def __call__(self, x: Tensor, residual: Tensor) -> tuple[Tensor | None, Tensor]:
+        """x [num_tokens, hidden_size] -> the same shape and the residual that it is to be added to; None: it was."""
+        return self.down.onto(self.activation(x), residual)
 
 
 class SelfAttention:
@@ -184,17 +184,17 @@ class DecoderLayer:
         self.mlp = GatedMLP(f"{name}.mlp", spec, build)
         self.mlp_norm = build.rms_norm(f"{name}.post_attention_layernorm", size, eps, into=self.mlp.gate_up)
 
-    def attend(self, x: Tensor, residual: Tensor | None, context: ForwardContext) -> tuple[Tensor, Tensor]:
-        """The half in which tokens meet: x [num_tokens, hidden_size], and what is to be added to it -> the heads'
-        outputs [num_tokens, num_heads * head_dim] and the sum."""
+    def attend(self, x: Tensor | None, residual: Tensor | None, context: ForwardContext) -> tuple[Tensor, Tensor]:
+        """The half in which tokens meet: x [num_tokens, hidden_size] and what is to be added to it, or one of them ->
+        the heads' outputs [num_tokens, num_heads * head_dim] and the sum."""
         x, residual = self.input_norm.add(x, residual)
         return self.attention(x, context), residual
 
-    def transform(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+    def transform(self, x: Tensor, residual: Tensor) -> tuple[Tensor | None, Tensor]:
         """The half in which each token is by itself: what ``attend`` returned, or some rows of it -> x and residual
         of the next layer."""
-        x, residual = self.mlp_norm.add(self.attention.output(x), residual)
-        return self.mlp(x), residual
+        x, residual = self.mlp_norm.add(*self.attention.output.onto(x, residual))
+        return self.mlp(x, residual)
 
 
 class CausalDecoder:
@@ -214,7 +214,7 @@ class CausalDecoder:
 
     def forward(self, tokens: Tensor, positions: Tensor, context: ForwardContext) -> Tensor:
         """See :meth:`octavo.interfaces.Model.forward`."""
-        x, residual = self.embed(tokens), None  # type: Tensor, Tensor | None
+        x, residual = self.embed(tokens), None  # type: Tensor | None, Tensor | None
         for index, layer in enumerate(self.layers):
             context.record(index, x, residual)
             x, residual = layer.attend(x, residual, context)

@@ -110,14 +110,14 @@ class HeadLayer:
         self.gate_up = build.column_linear(
             f"{name}.mlp.gate_up_proj", hidden_size, {"gate_proj": size, "up_proj": size}
         )
-        self.activation = build.silu_and_mul(size)
+        self.activation = build.silu_and_mul(self.gate_up)
         self.down = build.row_linear(f"{name}.mlp.down_proj", size, hidden_size)
 
     def __call__(self, x: Tensor, residual: Tensor, context: ForwardContext) -> tuple[Tensor, Tensor]:
         """x [num_tokens, input_size] and what is to be added -> the same for the next layer."""
         x = self.output(self.attention(self.qkv(x), context))
         x, residual = self.norm.add(x, residual)
-        return self.down(self.activation(self.gate_up(x))), residual
+        return self.down(self.activation(x)), residual
 
 
 class EagleHead:

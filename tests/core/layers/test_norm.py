@@ -44,6 +44,14 @@ def test_adding_first_is_adding_then_normalizing(dtype: torch.dtype) -> None:
     assert y.equal(expected)
 
 
+def test_what_was_added_before_is_only_normalized() -> None:
+    norm, _ = norm_pair(48, 1e-6, torch.float32)
+    total = torch.randn(5, 48)
+    y, residual = norm.add(None, total)
+    assert residual is total
+    assert y.equal(norm(total))
+
+
 def test_the_first_norm_of_a_model_has_no_residual_yet() -> None:
     norm, _ = norm_pair(48, 1e-6, torch.float32)
     x = torch.randn(5, 48)

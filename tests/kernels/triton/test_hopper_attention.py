@@ -146,7 +146,7 @@ MBARRIER = SimpleNamespace(
     init=lambda barrier, count: barrier.init(count),
     wait=lambda barrier, parity: barrier.wait(parity),
     expect=lambda barrier, num_bytes: barrier.arrive(num_bytes),
-    arrive=lambda barrier: barrier.arrive(),
+    arrive=lambda barrier, pred=True: barrier.arrive() if pred else None,
 )
 """What kernels call on them, in place of Gluon's module."""
 
@@ -181,7 +181,8 @@ class Emulator:
         """What to put in place of the module's names."""
         layout = SimpleNamespace
         gl = SimpleNamespace(
-            float32=torch.float32, int64=torch.int64, load=load, store=store, static_range=range, exp2=torch.exp2,
+            float32=torch.float32, int32=torch.int32, int64=torch.int64, load=load, store=store, static_range=range,
+            exp2=torch.exp2,
             where=torch.where, zeros_like=torch.zeros_like,
             program_id=lambda axis: _scalar(self._program.ids[axis]),
             num_programs=lambda axis: _scalar(self._grid[axis]),
@@ -312,6 +313,20 @@ def test_attends_with_warps_as_threads(
     )  # fmt: skip
     reference = paged_attention_reference(query, clean, tables, starts, lens, scale=scale, value_scale=0.5)
     torch.testing.assert_close(out.view_as(reference), reference, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("num_rows", [1, 3, 128, 129, 300])
+def test_each_tile_finds_its_row(monkeypatch: pytest.MonkeyPatch, num_rows: int) -> None:
+    for name, value in Emulator().names().items():
+        monkeypatch.setattr(hopper_attention, name, value)
+    pick, first_row, tokens = random.Random(0), 2, 32
+    starts = torch.tensor([0] + [pick.choice([1, 31, 32, 33, 100]) for _ in range(first_row + num_rows)]).cumsum(0)
+    mine = starts[first_row:]
+    begins = [int(start - mine[0]) // tokens + row for row, start in enumerate(mine[:-1])]
+    for tile in range(begins[-1] + 2):
+        expected = first_row + sum(begin <= tile for begin in begins) - 1
+        found = hopper_attention._find_row(tile, mine[0], Pointer(starts), first_row, num_rows, tokens)
+        assert int(found) == expected
 
 
 def test_it_says_what_it_is_missing() -> None:

@@ -56,9 +56,12 @@ class Ngram:
 
     def __init__(self, config: EngineConfig, context: DrafterContext) -> None:
         self._settings = NgramSettings.of(config)
+        self._num_tokens = config.speculative.num_tokens
 
     def start(self, target: Runner) -> None:
         self._tokens = target.tokens
+        if self._tokens.is_cuda:
+            self._propose([0], [1])  # compiled now rather than when there are requests
 
     def num_unread(self, requests: Sequence[Request]) -> list[int]:
         return [0] * len(requests)
@@ -68,15 +71,20 @@ class Ngram:
         wanted = [request for request, limit in zip(requests, limits, strict=True) if limit > 0]
         if not wanted:
             return [[] for _ in requests]
-        slots, lengths = torch.tensor(
-            [[request.slot for request in wanted], [len(request.tokens) for request in wanted]],
-            device=self._tokens.device,
-        )
-        max_length = max(len(request.tokens) for request in wanted)
-        proposed = propose(self._tokens[:, :max_length][slots], lengths, self._settings, max(limits))
+        proposed = self._propose([request.slot for request in wanted], [len(request.tokens) for request in wanted])
         found = iter(proposed.tolist())  # the one wait, for all
         guesses = (next(found) if limit > 0 else [] for limit in limits)
         return [guess[:limit] if guess and guess[0] >= 0 else [] for guess, limit in zip(guesses, limits, strict=True)]
 
     def release(self, request: Request) -> None:
         pass
+
+    def _propose(self, slots: list[int], lengths: list[int]) -> Tensor:
+        """As many guesses as are ever asked for, for the sequences in these slots: see :func:`propose`."""
+        rows, ends = torch.tensor([slots, lengths], device=self._tokens.device)
+        if not self._tokens.is_cuda:
+            return propose(self._tokens[:, : max(lengths)][rows], ends, self._settings, self._num_tokens)
+        from octavo_kernels.ngram import lookup  # needs Triton, which there may not be without a GPU
+
+        shortest, longest = self._settings.shortest, self._settings.longest
+        return lookup(self._tokens, rows, ends, shortest=shortest, longest=longest, limit=self._num_tokens)

@@ -208,6 +208,7 @@ KINDS: Mapping[str, Callable[[Result], Iterator[str]]] = {
     "kernels": kernels,
     "models_awq": quantized_models,
     "models_fp8": quantized_models,
+    "models_gptq": quantized_models,
     "prefix": prefix,
     "server_path": server_path,
     "server_rates": server_rates,

@@ -196,7 +196,7 @@ def _paged_attention(
         if tile < 0:
             return
         first_item = tl.load(first_items_ptr + tile)
-        num_splits = tl.maximum(tl.load(first_items_ptr + tile + 1) - first_item, 1)
+        num_splits = tl.load(first_items_ptr + tile + 1) - first_item
         split = item - first_item
 
     if ONE_TILE:
@@ -482,10 +482,9 @@ def _shared_out(heads: Heads, figures: Device, num_rows: int, max_query_len: int
     programs = figures.num_processors * PROGRAMS_PER_PROCESSOR
     num_extra = max(-(-programs // heads.num_kv_heads), num_rows // 4)
     num_items = num_rows + num_extra
-    # zeros: a trial run may compile the kernel that fills them, and launch the one that finds rows by them
     items = Items(
-        torch.zeros(num_items, dtype=torch.int32, device=device),
-        torch.zeros(num_rows + 1, dtype=torch.int32, device=device),
+        torch.empty(num_items, dtype=torch.int32, device=device),
+        torch.empty(num_rows + 1, dtype=torch.int32, device=device),
     )
     _share_out[(1,)](
         items.rows,

@@ -2,6 +2,10 @@
 
 Triton asks a hook before it compiles. Ours declines, and has a thread compile the kernel, or find it in Triton's cache
 on disk, and load it. Threads are enough: most of a compilation is LLVM and ``ptxas``, which leave Python's lock alone.
+
+Nothing that the trial's thread asks for is launched, not even kernels that are at hand since another engine of the
+process compiled them: they would go by numbers that kernels which are missing have not written. Other threads launch as
+ever.
 """
 
 from __future__ import annotations
@@ -9,27 +13,15 @@ from __future__ import annotations
 import json
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
+from threading import get_ident
 from types import TracebackType
 from typing import Any, NamedTuple, Self
 
 import torch
 import triton
 from triton import knobs
-from triton.runtime import driver
+from triton.runtime import JITFunction, driver
 from triton.runtime.cache import triton_key
-
-
-class _NotLaunched:
-    """Stands for a kernel among those that Triton has in memory: launching it does nothing.
-
-    Declining each launch would take ten times as long as launching, and a trial run launches thousands.
-    """
-
-    function = packed_metadata = None
-
-    def launch_metadata(self, *_: object) -> None: ...
-
-    def run(self, *_: object) -> None: ...
 
 
 class _Job(NamedTuple):
@@ -57,6 +49,14 @@ class TritonCompiler:
         return [] if device.type == "cuda" else [f"it needs a CUDA device, not '{device.type}'"]
 
     def __enter__(self) -> Self:
+        self._thread = get_ident()
+        launch = JITFunction.run
+
+        def run(function: Any, *args: Any, warmup: bool, **kwargs: Any) -> Any:
+            return launch(function, *args, warmup=warmup or get_ident() == self._thread, **kwargs)
+
+        self._stack.callback(setattr, JITFunction, "run", launch)
+        JITFunction.run = run
         self._stack.enter_context(knobs.runtime.scope())
         self._stack.enter_context(knobs.compilation.scope())
         self._pool = self._stack.enter_context(ThreadPoolExecutor(self._num_workers))
@@ -82,15 +82,18 @@ class TritonCompiler:
         return driver.active.get_current_target()
 
     def _note(self, *, key: str, fn: Any, compile: dict[str, Any], **_: object) -> bool:
-        """Triton's ``jit_cache_hook``: True keeps it from compiling, and so from launching."""
+        """Triton's ``jit_cache_hook``: True keeps it from compiling."""
+        if get_ident() != self._thread:
+            return False
         function = fn.jit_function
         source = function.ASTSource(function, compile["signature"], compile["constants"], compile["configs"][0])
         listed = json.loads(compile["specialization_data"])["options"]
         # JSON has made lists of tuples, which options are hashed as
         options = {name: tuple(value) if isinstance(value, list) else value for name, value in listed.items()}
         kernels = function.device_caches[compile["device"]][0]
-        kernels[key] = _NotLaunched()
-        self._jobs.append(_Job(kernels, key, self._pool.submit(self._compile, source, options)))
+        kernel = self._pool.submit(self._compile, source, options)
+        kernels[key] = kernel  # so that nobody asks again: a trial run makes thousands of launches
+        self._jobs.append(_Job(kernels, key, kernel))
         return True
 
     def _compile(self, source: Any, options: dict[str, Any]) -> object:

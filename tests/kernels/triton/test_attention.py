@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import itertools
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import pytest
 import torch
 
-from octavo_kernels import attention
 from octavo_kernels.attention import Heads, paged_attention, paged_attention_reference, plan_sections
 
 
@@ -138,20 +135,6 @@ def test_splits_go_to_the_longest_contexts(device: torch.device, lengths: list[i
     tiles = [-(-length // section.tiling.block_n) for length in lengths]
     per_split = [-(-number // count) for number, count in zip(tiles, counts, strict=True)]
     assert max(per_split) <= max(1, -(-sum(tiles) // (len(rows) - len(lengths)))), "somebody's splits are too long"
-
-
-def test_items_that_nobody_has_shared_out_stay_in_bounds(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A trial run only compiles the kernel that shares them out, where another engine has had this one in memory."""
-
-    class Nothing:
-        def __getitem__(self, grid: object) -> Callable[..., None]:
-            return lambda *_, **__: None
-
-    monkeypatch.setattr(attention, "_share_out", Nothing())
-    with contextlib.suppress(AssertionError):  # what it counts is of no use
-        Case([(1, 900), (1, 300), (1, 64)]).run(device)
-    if device.type == "cuda":
-        torch.cuda.synchronize()
 
 
 @pytest.mark.parametrize(("num_rows", "batch_invariant"), [(1, False), (3, True)])

@@ -14,7 +14,7 @@ import pytest
 pytest.importorskip("triton")
 
 PROGRAM = r"""
-import json
+import json, threading
 import torch, triton
 import triton.language as tl
 from triton.backends.compiler import GPUTarget
@@ -49,6 +49,7 @@ def trial_run():
 loaded, launched = [], []
 driver.set_active(NoDevice())
 x = torch.randn(3, 64, dtype=torch.bfloat16)
+wide = torch.randn(3, 100_000)
 compiler = TritonCompiler(torch.device("cuda"), 2)
 with compiler:
     trial_run()
@@ -57,8 +58,22 @@ report = {"compiled": compiler.num_compiled, "loaded": sorted(loaded), "launched
 asked = []
 triton.knobs.runtime.jit_cache_hook = lambda *, fn, **_: asked.append(fn.name)
 trial_run()
-report["launched later"] = launched
+report["launched later"] = list(launched)
 report["compiled by launches"] = asked
+
+triton.knobs.runtime.jit_cache_hook = None
+launched.clear()
+with compiler:  # as another engine of the process starts
+    trial_run()
+    argmax(wide)
+    report["launched by a second trial"] = list(launched)
+    other = threading.Thread(target=lambda: [trial_run(), argmax(wide)])
+    other.start()
+    other.join()
+    report["launched by another thread"] = list(launched)
+launched.clear()
+argmax(wide)
+report["launched after it"] = list(launched)
 
 for _ in range(2):
     try:
@@ -114,6 +129,14 @@ def test_launches_find_them_in_memory(first: dict[str, Any], later: dict[str, An
     for start in (first, later):
         assert start["launched later"] == ["_rms_norm", "_rms_norm", "_silu_and_mul", "_argmax_part", "_argmax_join"]
         assert start["compiled by launches"] == []
+
+
+def test_a_second_trial_launches_nothing_while_other_threads_do(first: dict[str, Any]) -> None:
+    argmax = ["_argmax_part", "_argmax_join"]
+    trial = ["_rms_norm", "_rms_norm", "_silu_and_mul", *argmax]
+    assert first["launched by a second trial"] == []
+    assert first["launched by another thread"] == [*trial, *argmax]
+    assert first["launched after it"] == argmax
 
 
 def test_a_kernel_that_cannot_be_compiled_says_why_each_time(first: dict[str, Any]) -> None:

@@ -134,7 +134,7 @@ def speculation(result: Result) -> Iterator[str]:
     )
     yield ""
     yield from table(
-        ["accepted", *(f"{batch} sequences" for batch in batches)],
+        ["accepted", *("1 sequence" if batch == 1 else f"{batch} sequences" for batch in batches)],
         [
             [f"{acceptance:.1f}", *(f"{speedups[acceptance, batch]:.2f}×" for batch in batches)]
             for acceptance in acceptances

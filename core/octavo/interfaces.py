@@ -280,9 +280,10 @@ class Kernel(Protocol):
 class KernelCompiler(Protocol):
     """Makes kernels ready side by side, where launches would compile or load one after another. A context manager.
 
-    Within it, a launch of a kernel that is not ready is noted and not carried out: what it would have computed is
-    undefined, so only the shapes of a trial run mean something. Leaving it waits until all that was noted is ready,
-    and raises what went wrong. It is made before the weights are loaded, and may prepare itself meanwhile.
+    Within it, launches of the thread that entered it are not carried out, and kernels that are not ready are noted:
+    what they would have computed is undefined, so only the shapes of a trial run mean something. Leaving it waits until
+    all that was noted is ready, and raises what went wrong. It may be entered again. It is made before the weights are
+    loaded, and may prepare itself meanwhile.
     """
 
     num_compiled: int  # so far; what lay in a cache is not counted

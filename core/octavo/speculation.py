@@ -241,6 +241,7 @@ class AdaptiveController:
     REFRESH = 128  # steps with drafts after which plain ones are measured again
     NUM_PLAIN = 3  # plain steps at least
     PERIOD = 8  # of so many plain steps, one is taken for looking whether drafts are worth it
+    MAX_ERROR = 2.0  # plain steps, for each draft
     UNHIDDEN = 0.1  # plain steps that a step with drafts takes longer because it is not launched ahead
     MEMORY = 0.9  # what a sequence's earlier drafts weigh after each step
     LONG_MEMORY = 0.99  # the same for what is known of all
@@ -317,8 +318,10 @@ class AdaptiveController:
             self._reading.add(max(0.0, seconds - plain - added) / num_read)
         elif any(limits):
             expected = self._expected(limits, plain)
-            error = self._errors.setdefault((_size_class(len(limits)), max(limits)), _Recent([0.0, 0.0]))
-            error.add(max(0.0, seconds - reading - plain) / plain - expected)
+            deepest = max(limits)
+            error = self._errors.setdefault((_size_class(len(limits)), deepest), _Recent([0.0]))
+            # one pause says no more than that a draft takes as long as two plain steps, which never pays either
+            error.add(min(max(0.0, seconds - reading - plain) / plain - expected, self.MAX_ERROR * deepest))
 
     def _token_time(self) -> float:
         """Seconds that a token more adds to a step of the target, from those with prompts: the slope of a line through
@@ -339,9 +342,11 @@ class AdaptiveController:
     def _added(self, limits: Sequence[int] | np.ndarray, plain: float) -> float:
         """The same, corrected by what steps with as many drafts, or else with fewer, were found to take."""
         size, error = _size_class(len(limits)), 0.0
-        for depth in range(max(limits), 0, -1):
+        deepest = max(limits)
+        for depth in range(deepest, 0, -1):
             if (size, depth) in self._errors:
                 error = self._errors[size, depth].value
+                error *= deepest / depth if error > 0.0 else 1.0  # each draft more takes the drafter a step more
                 break
         return max(0.0, self._expected(limits, plain) + error)
 

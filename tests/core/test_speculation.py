@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import hypothesis.strategies as st
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from tests.core.test_scheduler import make_request, make_scheduler
 
 from octavo.batch import StepPlan
@@ -217,6 +217,7 @@ def test_what_is_known_of_a_finished_sequence_is_forgotten() -> None:
     draft=st.floats(0.0, 10.0),
     jumps=st.integers(0, 3),
 )
+@example(acceptance=[0.75], base=2.0, slope=0.5, draft=4.0, jumps=0)  # right often, but dear
 def test_it_never_loses(acceptance: list[float], base: float, slope: float, draft: float, jumps: int) -> None:
     """Whatever things cost and however acceptance changes: two percent, and a few steps."""
     controller, machine = AdaptiveController(MAX_TOKENS), Machine(acceptance, base, slope, draft)
@@ -237,11 +238,12 @@ def test_it_never_loses(acceptance: list[float], base: float, slope: float, draf
     context=st.integers(0, 1000),
     output=st.integers(100, 2000),
 )
-def test_a_fresh_start_loses_two_percent_and_a_few_steps_at_most(
+def test_a_fresh_start_pays_its_debt_back(
     size: int, rate: float, cost: float, verification: float, context: int, output: int
 ) -> None:
-    """From the first step on, if costs are about what the sizes of the models say. The steps are what it takes to learn
-    that drafts of middling acceptance do not pay."""
+    """From the first step on, if costs are about what the sizes of the models say: what is spent on learning whether
+    drafts pay, and on reading contexts where they promise to, is bounded and soon within two percent and a few steps.
+    """
     plain = 1.0 + verification * size
     controller = AdaptiveController(MAX_TOKENS, cost)
     machine = Machine(
@@ -249,7 +251,8 @@ def test_a_fresh_start_loses_two_percent_and_a_few_steps_at_most(
     )
     for _ in range(6):
         machine.run(controller, 96)
-        assert machine.seconds <= 1.02 * machine.seconds_without + 12 * plain
+        assert machine.seconds <= 1.02 * machine.seconds_without + AdaptiveController.MAX_DEBT * plain
+    assert machine.seconds <= 1.02 * machine.seconds_without + 12 * plain
 
 
 # Measured on an H200 for a target of 8 billion parameters and a draft model of 1.2, by the number of sequences:

@@ -140,18 +140,20 @@ class DrafterBeside:
         return len(request.tokens) - self._shift
 
     def _num_unread(self, request: Request) -> int:
-        followed = self._followed.get(request)
-        if followed is None or followed.epoch != request.num_preemptions:
-            if not self._follow(request):
-                return self._length(request)
-            followed = self._followed[request]
-        num_missing = self._length(request) - followed.num_computed
+        if self._current(request) is None and not self._follow(request):
+            return self._length(request)
+        num_missing = self._length(request) - self._followed[request].num_computed
         return num_missing if num_missing > self._max_row_tokens else 0
+
+    def _current(self, request: Request) -> _Followed | None:
+        """What is known of the request, if it has kept its blocks since."""
+        followed = self._followed.get(request)
+        return None if followed is None or followed.epoch != request.num_preemptions else followed
 
     def _follow(self, request: Request) -> bool:
         """Find out what of the request is computed; False if it has a token that the model does not know."""
-        tokens, followed = request.tokens, self._followed.get(request)
-        if followed is None or followed.epoch != request.num_preemptions:
+        tokens, followed = request.tokens, self._current(request)
+        if followed is None:
             followed = _Followed(request.num_preemptions, *self._contents.num_known(tokens, request.blocks))
             self._followed[request] = followed
             added: Sequence[int] = tokens

@@ -141,6 +141,16 @@ class Barriers:
         return self._barriers[int(index)]
 
 
+MBARRIER = SimpleNamespace(
+    MBarrierLayout=lambda: "barriers",
+    init=lambda barrier, count: barrier.init(count),
+    wait=lambda barrier, parity: barrier.wait(parity),
+    expect=lambda barrier, num_bytes: barrier.arrive(num_bytes),
+    arrive=lambda barrier: barrier.arrive(),
+)
+"""What kernels call on them, in place of Gluon's module."""
+
+
 @dataclass
 class Product:
     """A matrix product under way: it reads its operands when it is waited for."""
@@ -189,13 +199,7 @@ class Emulator:
         )  # fmt: skip
         return {
             "gl": gl,
-            "mbarrier": SimpleNamespace(
-                MBarrierLayout=lambda: "barriers",
-                init=lambda barrier, count: barrier.init(count),
-                wait=lambda barrier, parity: barrier.wait(parity),
-                expect=lambda barrier, num_bytes: barrier.arrive(num_bytes),
-                arrive=lambda barrier: barrier.arrive(),
-            ),
+            "mbarrier": MBARRIER,
             "tma": SimpleNamespace(async_copy_global_to_shared=self._copy),
             "warpgroup_mma": self._multiply,
             "warpgroup_mma_wait": self._wait,

@@ -21,7 +21,7 @@ from torch import Tensor
 
 pytest.importorskip("triton.experimental.gluon.language.nvidia.hopper")
 
-from tests.kernels.triton.test_hopper_attention import Barriers, Pointer, Product, load, store
+from tests.kernels.triton.test_hopper_attention import MBARRIER, Barriers, Pointer, Product, load, store
 from tests.kernels.triton.test_hopper_linear import packed
 
 from octavo_kernels import hopper_packed
@@ -107,13 +107,7 @@ class Emulator:
         )  # fmt: skip
         return {
             "gl": gl,
-            "mbarrier": SimpleNamespace(
-                MBarrierLayout=lambda: "barriers",
-                init=lambda barrier, count: barrier.init(count),
-                wait=lambda barrier, parity: barrier.wait(parity),
-                expect=lambda barrier, num_bytes: barrier.arrive(num_bytes),
-                arrive=lambda barrier: barrier.arrive(),
-            ),
+            "mbarrier": MBARRIER,
             "tma": SimpleNamespace(async_copy_global_to_shared=self._copy_tile),
             "async_copy": SimpleNamespace(
                 async_copy_global_to_shared=self._copy, mbarrier_arrive=self._arrive_when_copied

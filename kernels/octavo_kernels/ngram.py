@@ -1,7 +1,10 @@
 """Prompt lookup for all sequences of a batch in one launch; what it finds is said by
-``octavo_speculative.ngram.propose``."""
+``octavo_speculative.ngram.propose``, the operation by ``NgramNeed`` there."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 import triton
@@ -11,7 +14,8 @@ from torch import Tensor
 BLOCK = 1024  # places that are looked at together
 
 
-@triton.jit
+# both lie in one tensor: whether the second is aligned depends on how many sequences there are
+@triton.jit(do_not_specialize_on_alignment=["slots", "lengths"])
 def _lookup_kernel(
     table,
     row_stride,
@@ -68,3 +72,20 @@ def lookup(table: Tensor, slots: Tensor, lengths: Tensor, *, shortest: int, long
         BLOCK=BLOCK,
     )
     return found
+
+
+class TritonNgram:
+    """The operation ``ngram`` on GPUs."""
+
+    def __init__(self, need: Any) -> None:
+        self._settings = need.settings
+        self._limit = need.limit
+
+    @classmethod
+    def missing(cls, need: Any) -> list[str]:
+        return [] if need.device.type == "cuda" else [f"it needs a CUDA device, not '{need.device.type}'"]
+
+    def __call__(self, table: Tensor, slots: Sequence[int], lengths: Sequence[int]) -> Tensor:
+        rows, ends = torch.tensor([slots, lengths], device=table.device)
+        shortest, longest = self._settings.shortest, self._settings.longest
+        return lookup(table, rows, ends, shortest=shortest, longest=longest, limit=self._limit)

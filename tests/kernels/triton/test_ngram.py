@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from octavo_kernels.ngram import lookup
-from octavo_speculative.ngram import propose
+from octavo_kernels.ngram import TritonNgram, lookup
+from octavo_speculative.ngram import NgramNeed, TorchNgram, propose
 from octavo_speculative.settings import NgramSettings
 
 
@@ -22,3 +22,14 @@ def test_all_sequences_get_what_the_search_finds(
     expected = propose(table[slots], lengths, NgramSettings(shortest, longest), limit)
     found = lookup(table, slots, lengths, shortest=shortest, longest=longest, limit=limit)
     assert torch.equal(found, expected)
+
+
+def test_the_operation_is_that_of_any_device(device: torch.device) -> None:
+    need = NgramNeed(device, NgramSettings(1, 3), 4)
+    table, slots, lengths = torch.randint(3, (9, 50), device=device), [7, 0, 3], [1, 50, 33]
+    assert torch.equal(TritonNgram(need)(table, slots, lengths), TorchNgram(need)(table, slots, lengths))
+
+
+def test_it_is_for_gpus_only() -> None:
+    assert TritonNgram.missing(NgramNeed(torch.device("cpu"), NgramSettings(), 4))
+    assert not TritonNgram.missing(NgramNeed(torch.device("cuda"), NgramSettings(), 4))

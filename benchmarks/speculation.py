@@ -3,7 +3,8 @@
 The target has the shape of Llama-3.1-8B and random weights, but the layers after its first few add nothing: their
 output projections are zero, while every kernel does its full work. So a draft of those first layers shares its
 distribution, and noise on the draft's output head sets how often its guesses are right. Everything is greedy. Speeds
-are those of whole runs with cached prompts, compared with the same engine without speculation.
+are those of whole runs with cached prompts, compared with the same engine without speculation; of small batches, those
+of several with other prompts, for each of which the engine is new.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import logging
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,7 @@ ACCEPTANCES = (0.0, 0.6, 0.8, 1.0)
 BATCHES = (1, 8, 32, 128)
 MUST_SPEEDUP, MUST_LOSS = 1.6, 0.02
 FIXED_TOKENS = 48  # of the runs that say how many drafts are right
+NUM_PROMPTS = 4  # at least: smaller batches are measured several times, since how many drafts are right differs
 
 
 @dataclass
@@ -51,6 +53,13 @@ class Counts:
     num_accepted: int = 0
     per_position: list[int] = field(default_factory=list)
     seconds_saved: float = 0.0
+
+    def add(self, other: Counts) -> None:
+        """Take another run for a part of this one."""
+        for item in fields(self):
+            mine, others = getattr(self, item.name), getattr(other, item.name)
+            is_list = isinstance(mine, list)
+            setattr(self, item.name, [a + b for a, b in zip(mine, others, strict=True)] if is_list else mine + others)
 
     @property
     def acceptance(self) -> float:
@@ -165,32 +174,55 @@ def prompts_of(bench: Bench, count: int, seed: int) -> list[list[int]]:
     return [list(request.token_ids or ()) for request in made]
 
 
+def groups_of(bench: Bench, batch: int) -> list[list[list[int]]]:
+    """Batches of so many prompts, each of which is measured by itself."""
+    return [prompts_of(bench, batch, seed=batch + 10_000 * group) for group in range(-(-NUM_PROMPTS // batch))]
+
+
+def measure_group(
+    bench: Bench, prompts: Sequence[Sequence[int]], num_tokens: int, seed: int
+) -> tuple[Counts, Counts, Counts, Counts]:
+    """Three runs of an engine that is new to the first, and one with as many drafts as there may be."""
+    bench.speculate(bench.adapt())
+    bench.forget()
+    bench.run(prompts_of(bench, 2, seed), 1)  # what a token of a prompt takes
+    first, second, third = (bench.run(prompts, num_tokens) for _ in range(3))
+    bench.speculate(FixedController(bench.num_tokens))
+    return first, second, third, bench.run(prompts, FIXED_TOKENS)
+
+
 def measure(args: argparse.Namespace, folder: Path) -> None:
     """Every row, printed and saved as soon as it is there."""
     bench = Bench(folder, args.num_tokens)
     arguments = {"num_tokens": args.num_tokens, "output_tokens": args.output_tokens}
     print("start-up", bench.engine.info.startup_seconds, flush=True)
-    prompts = {batch: prompts_of(bench, batch, seed=batch) for batch in args.batches}
-    plain, rows = {}, []
+    groups = {batch: groups_of(bench, batch) for batch in args.batches}
+    plain: dict[int, float] = {}  # seconds of all groups
+    plain_ms: dict[int, float] = {}  # of a step
+    rows: list[dict[str, float]] = []
     bench.speculate(None)
-    for batch, batch_prompts in prompts.items():
-        bench.run(batch_prompts, 4)  # into the prefix cache
-        plain[batch] = min(bench.run(batch_prompts, args.output_tokens).seconds for _ in range(2))
-        print(f"plain, batch {batch}: {plain[batch] / args.output_tokens * 1e3:.3f} ms a token", flush=True)
+    for batch, batch_groups in groups.items():
+        for prompts in batch_groups:
+            bench.run(prompts, 4)  # into the prefix cache
+        plain[batch] = min(
+            sum(bench.run(prompts, args.output_tokens).seconds for prompts in batch_groups) for _ in range(2)
+        )
+        plain_ms[batch] = plain[batch] / len(batch_groups) / args.output_tokens * 1e3
+        print(f"plain, batch {batch}: {plain_ms[batch]:.3f} ms a token", flush=True)
     header = f"{'acceptance':>10}{'batch':>6}{'measured':>9}{'length':>8}{'drafted':>8}{'first':>8}{'then':>8}"
     print(header)
     calibration = prompts_of(bench, 16, seed=99)
     for acceptance in args.acceptances:
         noise = bench.calibrate(acceptance, calibration)
         bench.disturb(noise)
-        for batch, batch_prompts in prompts.items():
-            bench.speculate(bench.adapt())
-            bench.forget()
-            bench.run(prompts_of(bench, 2, seed=len(rows) + 1000), 1)  # what a token of a prompt takes
-            first, second, third = (bench.run(batch_prompts, args.output_tokens) for _ in range(3))
+        for batch, batch_groups in groups.items():
+            totals = [Counts(per_position=[0] * args.num_tokens) for _ in range(4)]
+            for group, prompts in enumerate(batch_groups):
+                seed = 1000 + len(rows) * NUM_PROMPTS + group
+                for total, counts in zip(totals, measure_group(bench, prompts, args.output_tokens, seed), strict=True):
+                    total.add(counts)
+            first, second, third, fixed = totals
             then = min(second, third, key=lambda run: run.seconds)
-            bench.speculate(FixedController(args.num_tokens))
-            fixed = bench.run(batch_prompts, FIXED_TOKENS)
             speedups = [plain[batch] / run.seconds for run in (first, then)]
             row = {
                 "acceptance": acceptance,
@@ -199,6 +231,7 @@ def measure(args: argparse.Namespace, folder: Path) -> None:
                 "measured_acceptance": fixed.acceptance,
                 "acceptance_length": fixed.length,
                 "drafts_per_token": then.num_draft_tokens / then.num_tokens,
+                "num_groups": len(batch_groups),
                 "seconds": then.seconds,
                 "seconds_saved_estimate": then.seconds_saved,
                 "first_speedup": speedups[0],
@@ -213,7 +246,6 @@ def measure(args: argparse.Namespace, folder: Path) -> None:
                 flush=True,
             )
             if args.save is not None:
-                plain_ms = {size: seconds / args.output_tokens * 1e3 for size, seconds in plain.items()}
                 report.save(args.save, "benchmarks/speculation.py", arguments, {"rows": rows, "plain_ms": plain_ms})
 
 

@@ -471,6 +471,15 @@ class DrafterContext(Protocol):
     block_size: int
     max_model_len: int
     max_num_batched_tokens: int
+    device: torch.device
+
+    def choose_kernel(self, operation: str, need: Any) -> Any:
+        """The class that implements an operation, one of the drafter's own too; see :mod:`octavo.operations`.
+
+        Raises:
+            ConfigError: none can.
+        """
+        ...
 
     def observed_model(self) -> ObservedModel:
         """The target, to build on its hidden states.

@@ -125,12 +125,14 @@ class Speculation(NoSpeculation):
         self._controller.release(request.key)
 
     def _prospects(self, requests: Sequence[Request]) -> list[Prospect]:
-        """What speaks for and against drafts. A sequence is taken to be half done, or to become as long as others."""
+        """What speaks for and against drafts. A sequence that may stop early is taken to be half done, or to become as
+        long as others."""
         prospects = []
         for request, num_unread in zip(requests, self._drafter.num_unread(requests), strict=True):
-            expected = max(request.num_output, self._usual_length - request.num_output)
-            num_left = request.max_total_tokens - len(request.tokens)
-            prospects.append(Prospect(request.key, num_unread, min(num_left, expected)))
+            expected: float = request.max_total_tokens - len(request.tokens)
+            if request.stop_token_ids or request.params.stop:
+                expected = min(expected, max(request.num_output, self._usual_length - request.num_output))
+            prospects.append(Prospect(request.key, num_unread, expected))
         return prospects
 
     def _room(self, num_decoding: int) -> int:
@@ -220,21 +222,23 @@ class AdaptiveController:
     The rates must be tried out, and trying costs; so does reading, for a drafter with a model of its own: a sequence's
     whole context before its first draft. One balance is kept, in seconds: whatever a step with drafts took longer than
     plain steps would have for the same tokens is taken from it, what drafts gain and ``ALLOWANCE`` of all time that
-    passes is added. A trial, one draft for a few sequences, may leave a debt of ``TRIAL_DEBT`` plain steps. If drafts
-    promise to gain, reading may leave one of ``MAX_DEBT``, where sequences are likely to bring it in again. So the
-    loss is bounded whatever happens: in the long run by ``ALLOWANCE`` of the time.
+    passes is added. Trials are for a few sequences. While most drafts were right, or none were seen, a trial is of as
+    many as there may be and may leave a debt of ``PROMISING_DEBT`` plain steps; else it is of one each and may leave
+    ``TRIAL_DEBT``. So little can be lost, while one trial often shows enough. What it shows is then taken with
+    ``CAUTION``. If drafts promise to gain, reading may leave a debt of ``MAX_DEBT``, where sequences are likely to
+    bring it in again. So the loss is bounded whatever happens: in the long run by ``ALLOWANCE`` of the time.
 
     Nothing here is random and no clock is read: the same measurements lead to the same choices.
     """
 
     ALLOWANCE = 0.005  # of the time may be spent on trying
     TRIAL_DEBT = 1.5  # plain steps
-    PROMISING_DEBT = 3.0
+    PROMISING_DEBT = 3.5  # with the allowance, 2 % of 256 steps
     MAX_DEBT = 64.0
     MAX_CREDIT = 8.0  # plain steps that may be saved up, for trials with much to read
     MARGIN = 1.02  # the gain that drafts must promise
     RETURN = 2.0  # what reading must promise to bring in, in its own cost
-    CAUTION = 3.0  # wrong drafts that are added to what all sequences have shown
+    CAUTION = 2.0  # wrong drafts that are added to what all sequences have shown
     PROMISE = 0.5  # the rate of acceptance from which trials are worth more
     TRIAL_SEQUENCES = 4
     PASSED_OVER = 0.1  # plain steps of reading that are paid to try another sequence, for each draft seen of one
@@ -242,7 +246,7 @@ class AdaptiveController:
     NUM_PLAIN = 3  # plain steps at least
     PERIOD = 8  # of so many plain steps, one is taken for looking whether drafts are worth it
     MAX_ERROR = 2.0  # plain steps, for each draft
-    UNHIDDEN = 0.1  # plain steps that a step with drafts takes longer because it is not launched ahead
+    UNHIDDEN = 0.2  # plain steps that a step with drafts takes longer, as it is not launched ahead (H200: 0.18 to 0.29)
     MEMORY = 0.9  # what a sequence's earlier drafts weigh after each step
     LONG_MEMORY = 0.99  # the same for what is known of all
 
@@ -254,6 +258,7 @@ class AdaptiveController:
         self._errors: dict[tuple[int, int], _Recent] = {}  # plain steps, by size class and the most drafts
         self._prompts = np.zeros(3)  # sums for _token_time
         self._reading: _Recent | None = None  # seconds for a token
+        self._catching_up = _Recent([0.0])  # seconds, however little is read
         self._rates: dict[Hashable, _Rate] = {}
         self._overall = _Rate()
         self._balance = 0.0  # seconds; a debt if less than 0
@@ -272,10 +277,11 @@ class AdaptiveController:
     def choose(self, sequences: Sequence[Prospect]) -> Sequence[int]:
         if not sequences or self.rests(len(sequences)):
             return [0] * len(sequences)
-        reading = np.array([sequence.num_unread for sequence in sequences]) * self._reading_time()
+        num_unread = np.array([sequence.num_unread for sequence in sequences])
+        reading = num_unread * self._reading_time() + (num_unread > 0) * (self._catching_up.value / len(sequences))
         limits = self._best(sequences, reading)
         if limits is None:
-            limits = np.zeros(len(sequences), np.int64) if self._num_drafting else self._trial(sequences, reading)
+            limits = self._trial(sequences, reading)
         chosen: list[int] = limits.tolist()
         return chosen
 
@@ -309,19 +315,22 @@ class AdaptiveController:
     # --- what things take --------------------------------------------------------------------------------------------
 
     def _learn(self, limits: Sequence[int], seconds: float, num_read: int, plain: float) -> None:
-        """Correct what drafts, or else what reading is expected to take, whichever was the most of a step."""
+        """Correct what is expected: of drafts, from steps without reading; else of reading, for each token where much
+        was read and for the whole where little was."""
         added = plain * self._added(limits, plain)
         reading = num_read * self._reading_time()
         if reading > added:
             if self._reading is None:
                 self._reading = _Recent([reading / num_read])
-            self._reading.add(max(0.0, seconds - plain - added) / num_read)
-        elif any(limits):
+            self._reading.add(max(0.0, seconds - plain - added - self._catching_up.value) / num_read)
+        elif num_read:
+            self._catching_up.add(max(0.0, seconds - plain - added - reading))
+        else:
             expected = self._expected(limits, plain)
             deepest = max(limits)
             error = self._errors.setdefault((_size_class(len(limits)), deepest), _Recent([0.0]))
             # one pause says no more than that a draft takes as long as two plain steps, which never pays either
-            error.add(min(max(0.0, seconds - reading - plain) / plain - expected, self.MAX_ERROR * deepest))
+            error.add(min(max(0.0, seconds / plain - 1.0) - expected, self.MAX_ERROR * deepest))
 
     def _token_time(self) -> float:
         """Seconds that a token more adds to a step of the target, from those with prompts: the slope of a line through
@@ -340,13 +349,15 @@ class AdaptiveController:
         return self.UNHIDDEN + self._draft_cost * max(limits) + sum(limits) * self._token_time() / plain
 
     def _added(self, limits: Sequence[int] | np.ndarray, plain: float) -> float:
-        """The same, corrected by what steps with as many drafts, or else with fewer, were found to take."""
+        """The same, corrected by what steps with as many drafts, or else with fewer, or else with more, were found to
+        take."""
         size, error = _size_class(len(limits)), 0.0
         deepest = max(limits)
-        for depth in range(deepest, 0, -1):
+        for depth in (*range(deepest, 0, -1), *range(deepest + 1, self._num_tokens + 1)):
             if (size, depth) in self._errors:
                 error = self._errors[size, depth].value
-                error *= deepest / depth if error > 0.0 else 1.0  # each draft more takes the drafter a step more
+                if error > 0.0 and depth < deepest:
+                    error *= deepest / depth  # each draft more takes the drafter a step more
                 break
         return max(0.0, self._expected(limits, plain) + error)
 
@@ -389,21 +400,26 @@ class AdaptiveController:
         return chosen
 
     def _trial(self, sequences: Sequence[Prospect], reading: np.ndarray) -> np.ndarray:
-        """As many drafts for as many of a few sequences as may be lost [num_sequences]: for those of whom little was
-        seen and little is to be read. A single draft each, unless most that were seen have been right."""
+        """Drafts for as many of a few sequences as may be lost [num_sequences]: for those of whom little was seen and
+        little is to be read. As many for each as there may be, and step after step, unless most that were seen have
+        been wrong: what a step with drafts costs first of all hardly depends on their number."""
+        none = np.zeros(len(sequences), np.int64)
+        promising = self._overall.value(1.0, 1.0) >= self.PROMISE
+        if self._num_drafting and not promising:
+            return none
         plain, unknown = self._plain[_size_class(len(sequences))].value, _Rate()
         num_seen = np.array([self._rates.get(sequence.key, unknown).num_seen for sequence in sequences])
-        promising = self._overall.value(0.0, 1.0) >= self.PROMISE
-        debt = self.PROMISING_DEBT if promising else self.TRIAL_DEBT
+        depth, debt = (self._num_tokens, self.PROMISING_DEBT) if promising else (1, self.TRIAL_DEBT)
+        powers = self._overall.value(0.0, self.CAUTION) ** np.arange(1, depth + 1)
         order = np.argsort(reading + self.PASSED_OVER * plain * num_seen * (not promising), kind="stable")
-        for depth in range(self._num_tokens if promising else 1, 0, -1):
-            for count in range(min(self.TRIAL_SEQUENCES, len(order)), 0, -1):
-                limits = np.zeros(len(order), np.int64)
-                limits[order[:count]] = depth
-                cost = plain * self._added(limits, plain) + reading[order[:count]].sum()
-                if cost <= self._balance + debt * plain:
-                    return limits
-        return np.zeros(len(order), np.int64)
+        for count in range(min(self.TRIAL_SEQUENCES, len(order)), 0, -1):
+            limits = none.copy()
+            limits[order[:count]] = depth
+            loss = plain * (self._added(limits, plain) - powers.sum() * count / len(order))
+            loss += reading[order[:count]].sum()
+            if loss <= debt * plain:
+                break  # rather waited for than tried with fewer
+        return limits if loss <= self._balance + debt * plain else none
 
 
 def _size_class(num_sequences: int) -> int:

@@ -450,6 +450,10 @@ class _DrafterContext:
         self.block_size = loader.config.block_size
         self.max_model_len = loader.config.max_model_len
         self.max_num_batched_tokens = max_num_batched_tokens
+        self.device = loader.device
+
+    def choose_kernel(self, operation: str, need: Any) -> Any:
+        return self._loader.operations.choose(operation, need)
 
     def observed_model(self) -> ObservedModel:
         if not isinstance(self._model, ObservedModel):

@@ -37,6 +37,7 @@ def octavo_kernels() -> list[KernelProvider]:
         "linear_packed": "octavo_kernels.packed_linear:TritonPacked",
         "linear_fp8": "octavo_kernels.fp8_linear:TritonFp8",
         "sample": "octavo_kernels.sample:TritonSample",
+        "ngram": "octavo_kernels.ngram:TritonNgram",
     }
     hopper = {
         "linear": "octavo_kernels.hopper_gated:HopperLinear",

@@ -22,8 +22,9 @@ MAX_TOKENS = 4
 
 class Machine:
     """Simulated time: a step of b sequences with k drafts each takes ``base + slope * b * (k + 1)``, drafting takes
-    ``draft`` a token; each draft is right with the sequence's probability. Before its first draft, a sequence's
-    ``context`` is read, which takes ``read`` a token."""
+    ``overhead`` and ``draft`` a token, the first time ``first`` more; each draft is right with the sequence's
+    probability. Before its first draft, a sequence's ``context`` is read, later what plain steps have brought, which
+    takes ``catching_up`` a step and ``read`` a token."""
 
     def __init__(
         self,
@@ -35,10 +36,14 @@ class Machine:
         context: int = 0,
         read: float = 0.0,
         output: float = 1e6,
+        overhead: float = 0.0,
+        catching_up: float = 0.0,
+        first: float = 0.0,
     ) -> None:
         self.acceptance = list(acceptance)
         self.base, self.slope, self.draft, self.read = base, slope, draft, read
         self.output = output  # tokens that each sequence will bring
+        self.overhead, self.catching_up, self.first = overhead, catching_up, first
         self.unread = [context] * len(acceptance)
         self.num_done = [0] * len(acceptance)
         self.random = np.random.default_rng(0)
@@ -63,7 +68,7 @@ class Machine:
         rate, size = self.acceptance[0], len(self.acceptance)
         gains = [1.0]
         for k in range(1, MAX_TOKENS + 1):
-            seconds = self.plain + self.slope * size * k + self.draft * k
+            seconds = self.plain + self.overhead + self.slope * size * k + self.draft * k
             gains.append(sum(rate**i for i in range(k + 1)) * self.plain / seconds)
         return max(gains)
 
@@ -89,6 +94,11 @@ class Machine:
             else:
                 self.unread[sequence] += self.read > 0.0
         seconds = self.base + self.slope * (size + sum(limits)) + self.draft * level + self.read * num_read
+        if level:
+            seconds += self.overhead + self.first
+            self.first = 0.0
+        if num_read:
+            seconds += self.catching_up
         controller.measure(limits, seconds, num_new, num_read)
         self.seconds += seconds
         self.num_tokens += num_new
@@ -123,6 +133,14 @@ def test_useless_drafts_are_tried_for_few_sequences() -> None:
     machine.run(AdaptiveController(MAX_TOKENS), 100)
     num_asked = [sum(limit > 0 for limit in limits) for limits in machine.limits]
     assert 0 < max(num_asked) <= AdaptiveController.TRIAL_SEQUENCES
+
+
+def test_trials_are_of_many_drafts_until_most_were_wrong() -> None:
+    machine = Machine([0.0] * 8, draft=1.0)
+    machine.run(AdaptiveController(MAX_TOKENS), 1000)
+    levels = [level for level in machine.levels if level]
+    assert levels[0] == MAX_TOKENS
+    assert set(levels[1:]) == {1}
 
 
 def test_trials_go_round() -> None:
@@ -256,19 +274,30 @@ def test_a_fresh_start_pays_its_debt_back(
 
 
 # Measured on an H200 for a target of 8 billion parameters and a draft model of 1.2, by the number of sequences:
-# milliseconds of a plain step, of a draft and of verifying a token; tokens of context.
+# milliseconds of a plain step, of having drafts at all, of a draft, of verifying a token and of reading anything;
+# tokens of context.
 MEASURED = {
-    1: (3.83, 0.7, 0.026, 128),
-    8: (4.64, 0.8, 0.015, 1024),
-    32: (5.64, 1.0, 0.014, 1024),
-    128: (10.06, 1.6, 0.02, 1024),
+    1: (3.88, 0.75, 0.6, 0.02, 1.0, 128),
+    8: (4.66, 0.84, 0.66, 0.018, 2.5, 1024),
+    32: (5.58, 1.6, 0.5, 0.017, 2.5, 1024),
+    128: (9.9, 2.3, 0.9, 0.025, 3.5, 1024),
 }
 DRAFT_COST = 0.16
 
 
 def measured_machine(size: int, rate: float) -> Machine:
-    plain, draft, verification, context = MEASURED[size]
-    return Machine([rate] * size, plain - verification * size, verification, draft, context=context, read=0.0024)
+    plain, overhead, draft, verification, catching_up, context = MEASURED[size]
+    return Machine(
+        [rate] * size,
+        plain - verification * size,
+        verification,
+        draft,
+        context=context,
+        read=0.0015,
+        overhead=overhead,
+        catching_up=catching_up,
+        first=5.0,
+    )
 
 
 @pytest.mark.parametrize("size", MEASURED)
@@ -423,6 +452,22 @@ def test_what_drafts_save_is_estimated_from_plain_steps() -> None:
     assert [controller.measure([0, 0], 2.0, 2) for _ in range(4)] == [0.0] * 4
     assert controller.measure([4, 4], 5.0, 6) == pytest.approx(1.0)  # three plain steps would have taken 6
     assert controller.measure([4, 4], 5.0, 2) == pytest.approx(-3.0)
+
+
+@pytest.mark.parametrize(("eos_token_ids", "num_expected"), [((), 9), ((7,), 1)])
+def test_a_sequence_that_may_not_stop_early_brings_all_its_tokens(
+    eos_token_ids: tuple[int, ...], num_expected: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Any other is half done, for all that is known."""
+    scheduler = make_scheduler()
+    speculation, _ = speculate(scheduler)
+    scheduler.add(make_request("a", 6, 10, eos_token_ids=frozenset(eos_token_ids)))
+    prefill(scheduler)
+    seen: list[Sequence[Prospect]] = []
+    monkeypatch.setattr(FixedController, "choose", lambda _, prospects: seen.append(prospects) or [0])
+    speculation.draft()
+    ((prospect,),) = seen
+    assert prospect.num_expected == num_expected
 
 
 def test_a_drafter_that_is_not_ready_is_not_held_against_the_sequence() -> None:

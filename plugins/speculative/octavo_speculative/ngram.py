@@ -7,6 +7,7 @@ the tokens that lie on the device, for all sequences at once.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -49,16 +50,43 @@ def propose(tokens: Tensor, lengths: Tensor, settings: NgramSettings, limit: int
     return torch.where(best >= 0, tokens.gather(1, follower + ahead), -1)
 
 
+@dataclass(frozen=True, slots=True)
+class NgramNeed:
+    """The operation ``ngram``: called with ``(table [num_slots, num_columns] int64, slots, lengths)``, the rows of some
+    sequences and how long they are, it returns what :func:`propose` says of them, with ``limit`` guesses for each."""
+
+    device: torch.device
+    settings: NgramSettings
+    limit: int
+
+
+class TorchNgram:
+    """The operation ``ngram`` anywhere."""
+
+    def __init__(self, need: NgramNeed) -> None:
+        self._need = need
+
+    @classmethod
+    def missing(cls, need: NgramNeed) -> list[str]:
+        return []
+
+    def __call__(self, table: Tensor, slots: Sequence[int], lengths: Sequence[int]) -> Tensor:
+        rows, ends = torch.tensor([slots, lengths], device=table.device)
+        return propose(table[:, : max(lengths)][rows], ends, self._need.settings, self._need.limit)
+
+
 class Ngram:
     """The drafter ``ngram``; see :class:`octavo.interfaces.Drafter`."""
 
     bytes_per_block = 0
 
     def __init__(self, config: EngineConfig, context: DrafterContext) -> None:
-        self._settings = NgramSettings.of(config)
+        need = NgramNeed(context.device, NgramSettings.of(config), config.speculative.num_tokens)
+        self._propose = context.choose_kernel("ngram", need)(need)
 
     def start(self, target: Runner) -> None:
         self._tokens = target.tokens
+        self._propose(self._tokens, [0], [1])  # compiled now rather than when there are requests
 
     def num_unread(self, requests: Sequence[Request]) -> list[int]:
         return [0] * len(requests)
@@ -68,12 +96,8 @@ class Ngram:
         wanted = [request for request, limit in zip(requests, limits, strict=True) if limit > 0]
         if not wanted:
             return [[] for _ in requests]
-        slots, lengths = torch.tensor(
-            [[request.slot for request in wanted], [len(request.tokens) for request in wanted]],
-            device=self._tokens.device,
-        )
-        max_length = max(len(request.tokens) for request in wanted)
-        proposed = propose(self._tokens[:, :max_length][slots], lengths, self._settings, max(limits))
+        slots, lengths = [request.slot for request in wanted], [len(request.tokens) for request in wanted]
+        proposed = self._propose(self._tokens, slots, lengths)
         found = iter(proposed.tolist())  # the one wait, for all
         guesses = (next(found) if limit > 0 else [] for limit in limits)
         return [guess[:limit] if guess and guess[0] >= 0 else [] for guess, limit in zip(guesses, limits, strict=True)]

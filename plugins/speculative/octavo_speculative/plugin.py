@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from octavo import ConfigError, EngineConfig, OptionGroup, PluginInfo, Provider, hookimpl
+from octavo import ConfigError, EngineConfig, KernelProvider, OptionGroup, PluginInfo, Provider, hookimpl
 from octavo_speculative.settings import NgramSettings
 
 plugin = PluginInfo(
@@ -19,6 +19,11 @@ def octavo_drafters() -> list[Provider]:
         Provider("eagle", "octavo_speculative.eagle:Eagle"),
         Provider("ngram", "octavo_speculative.ngram:Ngram"),
     ]
+
+
+@hookimpl
+def octavo_kernels() -> list[KernelProvider]:
+    return [KernelProvider("torch-ngram", "octavo_speculative.ngram:TorchNgram", priority=-100, operation="ngram")]
 
 
 @hookimpl

@@ -16,6 +16,7 @@ import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -179,16 +180,20 @@ def groups_of(bench: Bench, batch: int) -> list[list[list[int]]]:
     return [prompts_of(bench, batch, seed=batch + 10_000 * group) for group in range(-(-NUM_PROMPTS // batch))]
 
 
-def measure_group(
-    bench: Bench, prompts: Sequence[Sequence[int]], num_tokens: int, seed: int
-) -> tuple[Counts, Counts, Counts, Counts]:
-    """Three runs of an engine that is new to the first, and one with as many drafts as there may be."""
-    bench.speculate(bench.adapt())
+def measure_group(bench: Bench, prompts: Sequence[Sequence[int]], num_tokens: int, seed: int) -> list[Counts]:
+    """Three runs of an engine that is new to the first, one between them without drafts, as the device's speed changes
+    with its temperature, and one with as many drafts as there may be: plain, first, second, third, fixed."""
+    controller = bench.adapt()
+    bench.speculate(controller)
     bench.forget()
     bench.run(prompts_of(bench, 2, seed), 1)  # what a token of a prompt takes
-    first, second, third = (bench.run(prompts, num_tokens) for _ in range(3))
+    first, second = bench.run(prompts, num_tokens), bench.run(prompts, num_tokens)
+    bench.speculate(None)
+    plain = bench.run(prompts, num_tokens)
+    bench.speculate(controller)
+    third = bench.run(prompts, num_tokens)
     bench.speculate(FixedController(bench.num_tokens))
-    return first, second, third, bench.run(prompts, FIXED_TOKENS)
+    return [plain, first, second, third, bench.run(prompts, FIXED_TOKENS)]
 
 
 def measure(args: argparse.Namespace, folder: Path) -> None:
@@ -197,33 +202,25 @@ def measure(args: argparse.Namespace, folder: Path) -> None:
     arguments = {"num_tokens": args.num_tokens, "output_tokens": args.output_tokens}
     print("start-up", bench.engine.info.startup_seconds, flush=True)
     groups = {batch: groups_of(bench, batch) for batch in args.batches}
-    plain: dict[int, float] = {}  # seconds of all groups
-    plain_ms: dict[int, float] = {}  # of a step
     rows: list[dict[str, float]] = []
     bench.speculate(None)
-    for batch, batch_groups in groups.items():
-        for prompts in batch_groups:
-            bench.run(prompts, 4)  # into the prefix cache
-        plain[batch] = min(
-            sum(bench.run(prompts, args.output_tokens).seconds for prompts in batch_groups) for _ in range(2)
-        )
-        plain_ms[batch] = plain[batch] / len(batch_groups) / args.output_tokens * 1e3
-        print(f"plain, batch {batch}: {plain_ms[batch]:.3f} ms a token", flush=True)
-    header = f"{'acceptance':>10}{'batch':>6}{'measured':>9}{'length':>8}{'drafted':>8}{'first':>8}{'then':>8}"
-    print(header)
+    for prompts in chain.from_iterable(groups.values()):
+        bench.run(prompts, 4)  # into the prefix cache
+    print("acceptance batch measured  length plain ms drafted   first    then")
     calibration = prompts_of(bench, 16, seed=99)
     for acceptance in args.acceptances:
         noise = bench.calibrate(acceptance, calibration)
         bench.disturb(noise)
         for batch, batch_groups in groups.items():
-            totals = [Counts(per_position=[0] * args.num_tokens) for _ in range(4)]
+            totals = [Counts(per_position=[0] * args.num_tokens) for _ in range(5)]
             for group, prompts in enumerate(batch_groups):
                 seed = 1000 + len(rows) * NUM_PROMPTS + group
                 for total, counts in zip(totals, measure_group(bench, prompts, args.output_tokens, seed), strict=True):
                     total.add(counts)
-            first, second, third, fixed = totals
-            then = min(second, third, key=lambda run: run.seconds)
-            speedups = [plain[batch] / run.seconds for run in (first, then)]
+            plain, first, then, third, fixed = totals
+            then.add(third)
+            speedups = [plain.seconds / first.seconds, 2 * plain.seconds / then.seconds]
+            plain_ms = plain.seconds / len(batch_groups) / args.output_tokens * 1e3
             row = {
                 "acceptance": acceptance,
                 "batch": batch,
@@ -232,21 +229,22 @@ def measure(args: argparse.Namespace, folder: Path) -> None:
                 "acceptance_length": fixed.length,
                 "drafts_per_token": then.num_draft_tokens / then.num_tokens,
                 "num_groups": len(batch_groups),
-                "seconds": then.seconds,
-                "seconds_saved_estimate": then.seconds_saved,
+                "plain_ms": plain_ms,
+                "seconds": then.seconds / 2,
+                "seconds_saved_estimate": then.seconds_saved / 2,
                 "first_speedup": speedups[0],
-                "second_speedup": plain[batch] / second.seconds,
                 "speedup": speedups[1],
             }
             rows.append(row)
             bad = speedups[1] < 1.0 - MUST_LOSS or (batch == 1 and acceptance == 0.8 and speedups[1] < MUST_SPEEDUP)
             print(
-                f"{acceptance:>10}{batch:>6}{fixed.acceptance:>9.3f}{fixed.length:>8.2f}{row['drafts_per_token']:>8.2f}"
+                f"{acceptance:>10}{batch:>6}{fixed.acceptance:>9.3f}{fixed.length:>8.2f}{plain_ms:>9.3f}"
+                f"{row['drafts_per_token']:>8.2f}"
                 f"{speedups[0]:>8.3f}{speedups[1]:>8.3f}{'  <--' if bad else ''}",
                 flush=True,
             )
             if args.save is not None:
-                report.save(args.save, "benchmarks/speculation.py", arguments, {"rows": rows, "plain_ms": plain_ms})
+                report.save(args.save, "benchmarks/speculation.py", arguments, {"rows": rows})
 
 
 def main() -> None:

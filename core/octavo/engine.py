@@ -59,7 +59,7 @@ class Engine:
         self.info = info
         self.overlap = overlap
         self._speculation = speculation or NoSpeculation()
-        self._last_settled = 0.0
+        self._busy_since: float | None = None  # the end of the step before, if something was left to do
         self._pace = Pace()
         self._ended: list[SequenceOutput] = []  # ended outside a step: aborted or refused
 
@@ -173,9 +173,10 @@ class Engine:
             step_seconds=now - step.started,
         )
         self._pace.finished(step.launched_at, ready, was_done=was_done, has_prompts=stats.num_prompt_tokens > 0)
-        # with steps in flight at the same time, each counts from the end of the one before
-        self._speculation.settled(step.drafted, plan, items, stats, now - max(step.started, self._last_settled))
-        self._last_settled = now
+        # each step counts from the end of the one before: two may be in flight, and if not, that is time lost as well
+        begun = step.started if self._busy_since is None else self._busy_since
+        self._speculation.settled(step.drafted, plan, items, stats, now - begun)
+        self._busy_since = now if self.scheduler.has_work else None
         return StepOutputs(sequences, self._stats(stats))
 
     def check(self) -> None:

@@ -233,7 +233,7 @@ class AdaptiveController:
 
     ALLOWANCE = 0.005  # of the time may be spent on trying
     TRIAL_DEBT = 1.5  # plain steps
-    PROMISING_DEBT = 3.5  # with the allowance, 2 % of 256 steps
+    PROMISING_DEBT = 3.0
     MAX_DEBT = 64.0
     MAX_CREDIT = 8.0  # plain steps that may be saved up, for trials with much to read
     MARGIN = 1.02  # the gain that drafts must promise
@@ -293,8 +293,11 @@ class AdaptiveController:
     def measure(self, limits: Sequence[int], seconds: float, num_tokens: int, num_read: int = 0) -> float:
         size, gain = _size_class(len(limits)), 0.0
         if not any(limits) and not num_read:
+            if self._num_drafting and size in self._plain:
+                gain = min(0.0, self._plain[size].value - seconds)  # not launched ahead either: a cost of those before
+            else:
+                self._plain.setdefault(size, _Recent()).add(seconds)
             self._num_plain, self._num_drafting = self._num_plain + 1, 0
-            self._plain.setdefault(size, _Recent()).add(seconds)
         else:
             self._num_plain, self._num_drafting = 0, self._num_drafting + 1
             if size in self._plain:

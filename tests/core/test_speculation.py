@@ -22,9 +22,9 @@ MAX_TOKENS = 4
 
 class Machine:
     """Simulated time: a step of b sequences with k drafts each takes ``base + slope * b * (k + 1)``, drafting takes
-    ``overhead`` and ``draft`` a token, the first time ``first`` more; each draft is right with the sequence's
-    probability. Before its first draft, a sequence's ``context`` is read, later what plain steps have brought, which
-    takes ``catching_up`` a step and ``read`` a token."""
+    ``overhead`` and ``draft`` a token, the first time ``first`` more, and the plain step after it ``late`` more; each
+    draft is right with the sequence's probability. Before its first draft, a sequence's ``context`` is read, later what
+    plain steps have brought, which takes ``catching_up`` a step and ``read`` a token."""
 
     def __init__(
         self,
@@ -39,11 +39,12 @@ class Machine:
         overhead: float = 0.0,
         catching_up: float = 0.0,
         first: float = 0.0,
+        late: float = 0.0,
     ) -> None:
         self.acceptance = list(acceptance)
         self.base, self.slope, self.draft, self.read = base, slope, draft, read
         self.output = output  # tokens that each sequence will bring
-        self.overhead, self.catching_up, self.first = overhead, catching_up, first
+        self.overhead, self.catching_up, self.first, self.late = overhead, catching_up, first, late
         self.unread = [context] * len(acceptance)
         self.num_done = [0] * len(acceptance)
         self.random = np.random.default_rng(0)
@@ -97,6 +98,8 @@ class Machine:
         if level:
             seconds += self.overhead + self.first
             self.first = 0.0
+        elif any(self.levels[-1:]):
+            seconds += self.late
         if num_read:
             seconds += self.catching_up
         controller.measure(limits, seconds, num_new, num_read)
@@ -297,6 +300,7 @@ def measured_machine(size: int, rate: float) -> Machine:
         overhead=overhead,
         catching_up=catching_up,
         first=5.0,
+        late=0.17 * plain,
     )
 
 

@@ -3,7 +3,7 @@
     python benchmarks/report.py            # write
     python benchmarks/report.py --check    # exit status 1 when it would change something
 
-Of each kind of measurement the newest file is shown, with the commit and the machine that it comes from.
+Of each kind of measurement the newest figures are shown, with the commit and the machine that they come from.
 """
 
 from __future__ import annotations
@@ -216,6 +216,10 @@ KINDS: Mapping[str, Callable[[Result], Iterator[str]]] = {
 }
 """The first word of a file's name says which benchmark it comes from."""
 
+IN_PARTS: Mapping[str, set[str]] = {"gpu": {"rows"}, "prefix": {"together_seconds", "shared"}}
+"""Benchmarks that are run in parts, and what a table shows of them: what the newest file lacks is taken from those
+before it."""
+
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> Iterator[str]:
     yield f"| {' | '.join(head)} |"
@@ -224,27 +228,44 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> Iterator[str]:
         yield f"| {' | '.join(row)} |"
 
 
-def newest(folder: Path) -> dict[str, tuple[Path, Result]]:
-    """Kind to the newest file of it, by the date inside."""
-    found: dict[str, tuple[Path, Result]] = {}
-    for file in sorted(folder.glob("*.json")):
+def newest(folder: Path) -> dict[str, list[tuple[Path, Result]]]:
+    """Kind to the newest file of it, by the date inside; of one that is run in parts, all, the newest first."""
+    found: dict[str, list[tuple[Path, Result]]] = {}
+    for file in sorted(folder.glob("*.json"), reverse=True):
         kind = file.name.partition("-")[0]
-        result = json.loads(file.read_text(encoding="utf-8"))
-        if kind in KINDS and (kind not in found or found[kind][1]["date"] <= result["date"]):
-            found[kind] = file, result
+        if kind in KINDS:
+            found.setdefault(kind, []).append((file, json.loads(file.read_text(encoding="utf-8"))))
+    for kind, files in found.items():
+        files.sort(key=lambda file: str(file[1]["date"]), reverse=True)
+        del files[len(files) if kind in IN_PARTS else 1 :]
     return found
+
+
+def joined(files: Sequence[tuple[Path, Result]], shown: set[str]) -> tuple[Result, list[tuple[Path, Result]]]:
+    """What the first file has, and what only those after it have of what is ``shown``; with the files it is from."""
+    (_, first), *others = files
+    used, found = list(files[:1]), dict(first["result"])
+    for file, result in others:
+        rows = found.get("rows", [])
+        names = {row["name"] for row in rows}
+        more = {name: value for name, value in result["result"].items() if name in shown and name not in found}
+        if new_rows := [row for row in result["result"].get("rows", ()) if row["name"] not in names]:
+            more["rows"] = [*new_rows, *rows]
+        if more:
+            used.append((file, result))
+            found |= more
+    return {**first, "result": found}, used
 
 
 def tables(folder: Path) -> str:
     """Everything that stands between the markers."""
     parts = []
-    for kind, (file, result) in sorted(newest(folder).items()):
-        versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
-        lines = [
-            *KINDS[kind](result),
-            "",
-            f"`{file.name}`: commit {result['commit']}, {result['date'][:10]}; {versions}.",
-        ]
+    for kind, files in sorted(newest(folder).items()):
+        result, used = joined(files, IN_PARTS[kind]) if kind in IN_PARTS else (files[0][1], files)
+        lines = [*KINDS[kind](result)]
+        for file, source in used:
+            versions = ", ".join(f"{name} {version}" for name, version in source["versions"].items())
+            lines += ["", f"`{file.name}`: commit {source['commit']}, {source['date'][:10]}; {versions}."]
         parts.append("\n".join(lines))
     return "\n\n".join(parts)
 

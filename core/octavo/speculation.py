@@ -237,7 +237,7 @@ class AdaptiveController:
     MAX_DEBT = 64.0
     MAX_CREDIT = 8.0  # plain steps that may be saved up, for trials with much to read
     MARGIN = 1.02  # the gain that drafts must promise
-    RETURN = 2.0  # what reading must promise to bring in, in its own cost
+    RETURN = 1.5  # what reading must promise to bring in, in its own cost
     CAUTION = 2.0  # wrong drafts that are added to what all sequences have shown
     PROMISE = 0.5  # the rate of acceptance from which trials are worth more
     TRIAL_SEQUENCES = 4

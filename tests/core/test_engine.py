@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import hypothesis.strategies as st
@@ -20,6 +21,7 @@ from octavo.errors import ConfigError
 from octavo.messages import Abort, Submit, TokenLogprobs
 from octavo.request import FinishReason, SamplingParams
 from octavo.sampling import SamplingTensors, TorchSample
+from octavo.speculation import NoSpeculation
 
 NUM_TOKENS = 20
 MAX_MODEL_LEN = 128
@@ -310,6 +312,40 @@ def test_the_loop_overlaps_steps_when_told_to(tiny_llama: Path) -> None:
         run(engine, [submit("r", [1, 2], SamplingParams(temperature=0.0, max_tokens=3))])
     assert order[False][:4] == ["launch", "settle", "launch", "settle"]
     assert order[True][:4] == ["launch", "launch", "settle", "launch"]
+
+
+class Timed(NoSpeculation):
+    """Keeps what steps have taken."""
+
+    def __init__(self) -> None:
+        self.seconds: list[float] = []
+
+    def settled(self, drafted: Any, plan: Any, settled: Any, stats: Any, seconds: float) -> None:
+        self.seconds.append(seconds)
+
+
+def test_a_step_takes_all_time_since_the_one_before_unless_there_was_nothing_to_do(
+    tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = SimpleNamespace(now=100.0)
+    fake = SimpleNamespace(perf_counter=lambda: clock.now, monotonic=lambda: clock.now)
+    monkeypatch.setattr("octavo.engine.time", fake)
+    engine = engine_for(tiny_llama)
+    timed = engine._speculation = Timed()
+
+    def step(seconds: float) -> None:
+        launched = engine.launch()
+        clock.now += seconds
+        engine.settle(launched)
+
+    engine.submit(submit("a", [1, 2], SamplingParams(temperature=0.0, max_tokens=2, ignore_eos=True)))
+    step(3.0)
+    clock.now += 2.0  # somebody is told the token
+    step(1.0)
+    clock.now += 50.0  # the engine has nothing to do
+    engine.submit(submit("b", [1, 2], SamplingParams(temperature=0.0, max_tokens=1)))
+    step(1.0)
+    assert timed.seconds == [3.0, 3.0, 1.0]
 
 
 def noting(name: str, call: Callable[[Any], Any], events: list[str]) -> Callable[..., Any]:

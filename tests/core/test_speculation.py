@@ -201,6 +201,17 @@ def test_a_machine_that_has_become_faster_makes_no_drafts_good() -> None:
     assert machine.run(controller, 200) > 0.98
 
 
+def test_the_plain_step_after_drafts_is_charged_to_them() -> None:
+    """It was not launched ahead; and how long plain steps take is not learned from it."""
+    controller = AdaptiveController(MAX_TOKENS)
+    for _ in range(5):
+        assert controller.measure([0, 0], 1.0, 2) == 0.0
+    controller.measure([4, 4], 2.0, 10)
+    assert controller.measure([0, 0], 1.5, 2) == pytest.approx(-0.5)
+    assert controller.measure([0, 0], 1.5, 2) == 0.0
+    assert controller.measure([4, 4], 3.0, 10) == pytest.approx(5.0 - 3.0)  # plain steps still take 1.0
+
+
 def test_each_batch_size_has_its_own_measurements() -> None:
     controller = AdaptiveController(MAX_TOKENS)
     small, large = Machine([0.6] * 2), Machine([0.6] * 128, base=1.0, slope=1.0)

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import product
 from statistics import median
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
@@ -412,17 +413,17 @@ class AdaptiveController:
             return none
         plain, unknown = self._plain[_size_class(len(sequences))].value, _Rate()
         num_seen = np.array([self._rates.get(sequence.key, unknown).num_seen for sequence in sequences])
-        depth, debt = (self._num_tokens, self.PROMISING_DEBT) if promising else (1, self.TRIAL_DEBT)
-        powers = self._overall.value(0.0, self.CAUTION) ** np.arange(1, depth + 1)
+        deepest, debt = (self._num_tokens, self.PROMISING_DEBT) if promising else (1, self.TRIAL_DEBT)
+        powers = self._overall.value(0.0, self.CAUTION) ** np.arange(1, deepest + 1)
         order = np.argsort(reading + self.PASSED_OVER * plain * num_seen * (not promising), kind="stable")
-        for count in range(min(self.TRIAL_SEQUENCES, len(order)), 0, -1):
+        for depth, count in product(range(deepest, 0, -1), range(min(self.TRIAL_SEQUENCES, len(order)), 0, -1)):
             limits = none.copy()
             limits[order[:count]] = depth
-            loss = plain * (self._added(limits, plain) - powers.sum() * count / len(order))
+            loss = plain * (self._added(limits, plain) - powers[:depth].sum() * count / len(order))
             loss += reading[order[:count]].sum()
-            if loss <= debt * plain:
-                break  # rather waited for than tried with fewer
-        return limits if loss <= self._balance + debt * plain else none
+            if loss <= debt * plain:  # rather waited for than tried with fewer
+                return limits if loss <= self._balance + debt * plain else none
+        return none
 
 
 def _size_class(num_sequences: int) -> int:

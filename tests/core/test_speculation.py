@@ -138,6 +138,13 @@ def test_useless_drafts_are_tried_for_few_sequences() -> None:
     assert 0 < max(num_asked) <= AdaptiveController.TRIAL_SEQUENCES
 
 
+def test_drafts_that_are_dear_are_tried_by_fewer() -> None:
+    """Four cost more than a trial may."""
+    machine = Machine([0.0] * 2, draft=9.0)
+    machine.run(AdaptiveController(MAX_TOKENS, 0.9), 100)
+    assert 0 < max(machine.levels) < MAX_TOKENS
+
+
 def test_trials_are_of_many_drafts_until_most_were_wrong() -> None:
     machine = Machine([0.0] * 8, draft=1.0)
     machine.run(AdaptiveController(MAX_TOKENS), 1000)

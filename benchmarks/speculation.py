@@ -10,6 +10,7 @@ of several with other prompts, for each of which the engine is new.
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import logging
 import tempfile
@@ -91,7 +92,8 @@ class Bench:
         speculation = self.engine._speculation
         assert isinstance(speculation, Speculation)
         assert isinstance(speculation._controller, AdaptiveController)
-        self._draft_cost = speculation._controller._draft_cost
+        estimates = speculation._controller
+        self._costs = estimates._draft_cost, estimates._reading_cost
         model: Any = self.engine.runner.model
         for layer in model.layers[NUM_DRAFT_LAYERS:]:
             layer.attention.output.method.weight.zero_()
@@ -101,6 +103,8 @@ class Bench:
         self._exact = model.head.method.weight
         self._noise = torch.randn_like(self._exact) * self._exact.std()
         self._name = 0
+        gc.collect()
+        gc.freeze()  # as the engine's own process does
 
     def speculate(self, controller: Controller | None) -> None:
         """From now on with this controller, which knows nothing yet; None: without speculation."""
@@ -112,7 +116,7 @@ class Bench:
 
     def adapt(self) -> AdaptiveController:
         """The controller of a new engine."""
-        return AdaptiveController(self.num_tokens, self._draft_cost)
+        return AdaptiveController(self.num_tokens, *self._costs)
 
     def forget(self) -> None:
         """As in a new engine: the draft model has read nothing yet."""

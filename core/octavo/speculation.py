@@ -234,11 +234,11 @@ class AdaptiveController:
 
     ALLOWANCE = 0.005  # of the time may be spent on trying
     TRIAL_DEBT = 1.5  # plain steps
-    PROMISING_DEBT = 3.0
+    PROMISING_DEBT = 2.5
     MAX_DEBT = 64.0
     MAX_CREDIT = 8.0  # plain steps that may be saved up, for trials with much to read
     MARGIN = 1.02  # the gain that drafts must promise
-    RETURN = 1.5  # what reading must promise to bring in, in its own cost
+    RETURN = 2.0  # what reading must promise to bring in, in its own cost
     CAUTION = 2.0  # wrong drafts that are added to what all sequences have shown
     PROMISE = 0.5  # the rate of acceptance from which trials are worth more
     TRIAL_SEQUENCES = 4
@@ -251,10 +251,12 @@ class AdaptiveController:
     MEMORY = 0.9  # what a sequence's earlier drafts weigh after each step
     LONG_MEMORY = 0.99  # the same for what is known of all
 
-    def __init__(self, num_tokens: int, draft_cost: float = 0.0) -> None:
-        """``draft_cost``: what a token costs the drafter, in what one costs the target: by their weights' bytes."""
+    def __init__(self, num_tokens: int, draft_cost: float = 0.0, reading_cost: float = 0.0) -> None:
+        """What the drafter takes, in what the target takes, by the weights that each reads: ``draft_cost`` for a step
+        that drafts, ``reading_cost`` for each token of a prompt."""
         self._num_tokens = num_tokens
         self._draft_cost = draft_cost
+        self._reading_cost = reading_cost
         self._plain: dict[int, _Recent] = {}  # seconds, by size class
         self._errors: dict[tuple[int, int], _Recent] = {}  # plain steps, by size class and the most drafts
         self._prompts = np.zeros(3)  # sums for _token_time
@@ -345,7 +347,7 @@ class AdaptiveController:
 
     def _reading_time(self) -> float:
         """Seconds that the drafter takes to read a token of many."""
-        return self._token_time() * self._draft_cost if self._reading is None else self._reading.value
+        return self._token_time() * self._reading_cost if self._reading is None else self._reading.value
 
     def _expected(self, limits: Sequence[int] | np.ndarray, plain: float) -> float:
         """What drafts should add to a step, in plain steps: a step of the drafter for each of the most drafts that a

@@ -282,9 +282,14 @@ def build_engine(resolved: Resolved) -> Engine:
     speculation = None
     if drafter is not None:
         _check_speculation(processors)
-        draft_cost = context.weight_bytes / target.weight_bytes
         controller = (
-            FixedController(num_drafts) if config.speculative.fixed else AdaptiveController(num_drafts, draft_cost)
+            FixedController(num_drafts)
+            if config.speculative.fixed
+            else AdaptiveController(
+                num_drafts,
+                draft_cost=context.step_bytes / target.step_bytes,
+                reading_cost=context.layer_bytes / target.layer_bytes,
+            )
         )
         speculation = Speculation(drafter, controller, scheduler, num_drafts)
     info = EngineInfo(
@@ -324,6 +329,8 @@ class _LoadedModel:
     kv_dtype: torch.dtype
     vocab_size: int
     weight_bytes: int
+    step_bytes: int  # of weights that a step of few tokens reads
+    layer_bytes: int  # the same without the output head, as where no token is sampled
     bytes_per_block: int
     sample: Any
     logprobs: Any
@@ -427,6 +434,8 @@ class _ModelLoader:
             kv_dtype=kv_dtype,
             vocab_size=vocab_size,
             weight_bytes=build.num_bytes(),
+            step_bytes=build.num_bytes_read(with_head=True),
+            layer_bytes=build.num_bytes_read(with_head=False),
             bytes_per_block=sum(
                 torch.Size(backend.kv_shape(spec, 1)).numel() * kv_dtype.itemsize for spec in build.attention_specs
             ),
@@ -445,7 +454,8 @@ class _DrafterContext:
         self._model = target.model
         self.dtype = cast("DType", str(target.placement.dtype).removeprefix("torch."))
         self.recorder: HiddenStateRecorder | None = None
-        self.weight_bytes = 0  # of what was loaded
+        self.step_bytes = 0  # of what was loaded
+        self.layer_bytes = 0
         self.vocab_size = target.vocab_size
         self.block_size = loader.config.block_size
         self.max_model_len = loader.config.max_model_len
@@ -477,7 +487,8 @@ class _DrafterContext:
         formats = [provider.resolve() for provider in self._loader.host.weight_formats().values()]
         checkpoint = open_checkpoint(resolve_model_path(model), formats)
         loaded = self._loader.load(checkpoint, checkpoint.config(), dtype, quantization, make)
-        self.weight_bytes += loaded.weight_bytes
+        self.step_bytes += loaded.step_bytes
+        self.layer_bytes += loaded.layer_bytes
         return loaded
 
 

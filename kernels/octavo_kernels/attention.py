@@ -251,7 +251,8 @@ def _paged_attention(
 
     query = tl.load(query_ptr + out_offsets, mask=out_mask, other=0.0)
     accumulator = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
-    maximum = tl.full((BLOCK_M,), float("-inf"), tl.float32)
+    # Rows of the tile that are nobody's get weights of zero: products with those take less power.
+    maximum = tl.where(valid, float("-inf"), 1e30)
     total = tl.zeros((BLOCK_M,), tl.float32)
     key_ptr = kv_ptr + head * (BLOCK_SIZE * HEAD_DIM)
     value_ptr = key_ptr + NUM_KV_HEADS * BLOCK_SIZE * HEAD_DIM

@@ -141,7 +141,7 @@ def test_useless_drafts_are_tried_for_few_sequences() -> None:
 def test_drafts_that_are_dear_are_tried_by_fewer() -> None:
     """Four cost more than a trial may."""
     machine = Machine([0.0] * 2, draft=9.0)
-    machine.run(AdaptiveController(MAX_TOKENS, 0.9), 100)
+    machine.run(AdaptiveController(MAX_TOKENS, 0.9, 0.9), 100)
     assert 0 < max(machine.levels) < MAX_TOKENS
 
 
@@ -284,7 +284,7 @@ def test_a_fresh_start_pays_its_debt_back(
     drafts pay, and on reading contexts where they promise to, is bounded and soon within two percent and a few steps.
     """
     plain = 1.0 + verification * size
-    controller = AdaptiveController(MAX_TOKENS, cost)
+    controller = AdaptiveController(MAX_TOKENS, cost, cost)
     machine = Machine(
         [rate] * size, 1.0, verification, cost * plain, context=context, read=verification * cost, output=output
     )
@@ -303,7 +303,7 @@ MEASURED = {
     32: (5.58, 1.6, 0.5, 0.017, 2.5, 1024),
     128: (9.9, 2.3, 0.9, 0.025, 3.5, 1024),
 }
-DRAFT_COST = 0.16
+DRAFT_COST, READING_COST = 0.16, 0.09
 
 
 def measured_machine(size: int, rate: float) -> Machine:
@@ -325,7 +325,7 @@ def measured_machine(size: int, rate: float) -> Machine:
 @pytest.mark.parametrize("size", MEASURED)
 def test_on_a_gpu_useless_drafts_cost_at_most_two_percent(size: int) -> None:
     """Of the first 256 tokens of a fresh engine, and of those that follow."""
-    controller, machine = AdaptiveController(MAX_TOKENS, DRAFT_COST), measured_machine(size, 0.0)
+    controller, machine = AdaptiveController(MAX_TOKENS, DRAFT_COST, READING_COST), measured_machine(size, 0.0)
     for _ in range(3):
         assert machine.run(controller, 256) > 0.98
 
@@ -334,7 +334,7 @@ def test_on_a_gpu_useless_drafts_cost_at_most_two_percent(size: int) -> None:
 @pytest.mark.parametrize("size", MEASURED)
 def test_on_a_gpu_it_comes_near_the_best_number(size: int, rate: float) -> None:
     """But for a fifth of its gain and two percent. What gains little may not be worth reading what has been missed."""
-    controller, machine = AdaptiveController(MAX_TOKENS, DRAFT_COST), measured_machine(size, rate)
+    controller, machine = AdaptiveController(MAX_TOKENS, DRAFT_COST, READING_COST), measured_machine(size, rate)
     machine.run(controller, 1000)
     gain = machine.best() - 1.0
     assert machine.run(controller, 300) > 0.98 + (0.8 * gain if gain > 0.2 else 0.0)
@@ -344,7 +344,7 @@ def test_what_does_not_pay_any_more_is_not_read() -> None:
     """Few tokens are to come, and reading the context takes longer than drafts would save."""
     machine = Machine([1.0] * 8, slope=0.1, context=100_000, read=0.01, output=200)
     machine.unread[0] = 0  # from this one it is known that drafts are right
-    machine.run(AdaptiveController(MAX_TOKENS, 0.1), 190)
+    machine.run(AdaptiveController(MAX_TOKENS, 0.1, 0.1), 190)
     num_drafts = np.array(machine.limits).sum(axis=0)
     assert num_drafts[0] > 0
     assert not num_drafts[1:].any()

@@ -42,6 +42,8 @@ class Builder:
         self.attention_specs: list[AttentionSpec] = []
         self._rotary: dict[tuple[int, str], RotaryEmbedding] = {}
         self._bytes = 0
+        self._beside_layers = 0  # of those: embeddings and output heads
+        self._head_bytes = 0  # that heads read, of an embedding that they share, too
 
     # --- linear layers ----------------------------------------------------------------------------------------------
 
@@ -100,17 +102,24 @@ class Builder:
 
     def embedding(self, name: str, num_embeddings: int, size: int) -> Embedding:
         """A table [num_embeddings, size] in the activations' dtype."""
-        return Embedding(self.tensor(f"{name}.weight", (num_embeddings, size)))
+        table = self.tensor(f"{name}.weight", (num_embeddings, size))
+        self._beside_layers += table.nbytes
+        return Embedding(table)
 
     def lm_head(self, name: str, hidden_size: int, vocab_size: int, *, tied: Embedding | None = None) -> Linear:
         """The output projection; with ``tied`` it multiplies by the embedding's table and reads nothing."""
         part = LinearPart(name, vocab_size, slice(0, vocab_size))
         spec = LinearSpec(name, (part,), hidden_size, slice(0, hidden_size), False)
+        before = self._bytes
         if tied is None:
-            return self._linear(spec)
-        method = make_linear(tied.weight, None, self.load)
-        shared = getattr(method, "weight", None) is tied.weight
-        return Linear(spec, method) if shared else self._counted(Linear(spec, method))
+            head = self._linear(spec)
+        else:
+            head = Linear(spec, make_linear(tied.weight, None, self.load))
+            if getattr(head.method, "weight", None) is not tied.weight:
+                self._counted(head)
+        self._beside_layers += self._bytes - before
+        self._head_bytes += head.method.num_bytes()
+        return head
 
     # --- norms, activations, attention ------------------------------------------------------------------------------
 
@@ -211,3 +220,8 @@ class Builder:
     def num_bytes(self) -> int:
         """Device memory that everything built so far takes; what layers share is counted once."""
         return self._bytes
+
+    def num_bytes_read(self, *, with_head: bool) -> int:
+        """Of them, what a step of few tokens reads: the layers and, where tokens are sampled, the output head.
+        Embeddings are looked up in."""
+        return self._bytes - self._beside_layers + (self._head_bytes if with_head else 0)

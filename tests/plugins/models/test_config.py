@@ -107,15 +107,17 @@ def test_the_defaults_that_differ_between_families() -> None:
     assert attention_of(Qwen3ForCausalLM, head_dim=...)[0].head_dim == 128
 
 
-def test_the_builder_knows_the_size_of_what_it_built() -> None:
-    def size(**changes: Any) -> int:
+def test_the_builder_knows_the_size_of_what_it_built_and_what_steps_read_of_it() -> None:
+    def built(**changes: Any) -> Builder:
         build = Builder(DummyLoader(PLACEMENT, operations()), max_model_len=MAX_MODEL_LEN)
         LlamaForCausalLM({**TINY, **changes}, build)
-        return build.num_bytes()
+        return build
 
     hidden, mlp, vocab, layers, queries, keys = 32, 48, 97, 3, 32, 16
     layer = hidden * (queries + 2 * keys) + queries * hidden + 3 * hidden * mlp + 2 * hidden
     rotary = MAX_MODEL_LEN * TINY["head_dim"]
-    tied = layers * layer + vocab * hidden + hidden + rotary
-    assert size(tie_word_embeddings=True) == tied * torch.float32.itemsize
-    assert size() == (tied + vocab * hidden) * torch.float32.itemsize
+    read, table = layers * layer + hidden + rotary, vocab * hidden
+    for build, num_tables in ((built(tie_word_embeddings=True), 1), (built(), 2)):
+        assert build.num_bytes() == (read + num_tables * table) * torch.float32.itemsize
+        assert build.num_bytes_read(with_head=True) == (read + table) * torch.float32.itemsize
+        assert build.num_bytes_read(with_head=False) == read * torch.float32.itemsize

@@ -234,7 +234,7 @@ class AdaptiveController:
 
     ALLOWANCE = 0.005  # of the time may be spent on trying
     TRIAL_DEBT = 1.5  # plain steps
-    PROMISING_DEBT = 2.5
+    PROMISING_DEBT = 3.0
     MAX_DEBT = 64.0
     MAX_CREDIT = 8.0  # plain steps that may be saved up, for trials with much to read
     MARGIN = 1.02  # the gain that drafts must promise

@@ -287,8 +287,9 @@ def build_engine(resolved: Resolved) -> Engine:
             if config.speculative.fixed
             else AdaptiveController(
                 num_drafts,
-                draft_cost=context.step_bytes / target.step_bytes,
-                reading_cost=context.layer_bytes / target.layer_bytes,
+                # at least 1: a model may hold weights that its builder does not know of
+                draft_cost=context.step_bytes / max(1, target.step_bytes),
+                reading_cost=context.layer_bytes / max(1, target.layer_bytes),
             )
         )
         speculation = Speculation(drafter, controller, scheduler, num_drafts)

@@ -15,7 +15,7 @@ from octavo_quant.packed_linear import ReferencePacked
 
 CPU = torch.device("cpu")
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2}  # of the largest sum
-SLACK = {torch.float32: 1e-6, torch.bfloat16: 1e-3}  # of what a sum could be if nothing in it cancelled
+SLACK = {torch.float32: 1e-7, torch.bfloat16: 5e-4}  # of what a sum could be if nothing in it cancelled
 
 relaxed = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 rows = st.one_of(st.integers(0, 14), st.sampled_from([47, 48, 49, 100]))

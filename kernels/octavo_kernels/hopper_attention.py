@@ -204,6 +204,7 @@ def _attend_rows(
     """One group's half of the rows: the PART-th."""
     rows: gl.constexpr = BLOCK_M // 2
     MMA: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, BLOCK_N, 16])
+    PLAIN: gl.constexpr = gl.BlockedLayout([1, 8], [2, 16], [4, 1], [1, 0])
     operand: gl.constexpr = gl.DotOperandLayout(0, MMA, 2)
     query = queries.index(PART)
     offsets, valid = _rows_of_part(
@@ -231,10 +232,9 @@ def _attend_rows(
     if first + BLOCK_N > seq_len:
         # What lies behind the sequence's end may be no number, and 0 times that is none either. Both groups write
         # the same.
-        plain: gl.constexpr = gl.BlockedLayout([1, 8], [2, 16], [4, 1], [1, 0])
         mbarrier.wait(value_full.index(0), 0)
-        there = first + gl.arange(0, BLOCK_N, layout=gl.SliceLayout(1, plain)) < seq_len
-        value = values.index(0).load(plain)
+        there = first + gl.arange(0, BLOCK_N, layout=gl.SliceLayout(1, PLAIN)) < seq_len
+        value = values.index(0).load(PLAIN)
         values.index(0).store(gl.where(there[:, None], value, gl.zeros_like(value)))
         fence_async_shared()
         gl.thread_barrier()
@@ -256,9 +256,7 @@ def _attend_rows(
     offsets, valid = _rows_of_part(
         first_token, first_query, query_len, head, PART, NUM_KV_HEADS, GROUP, HEAD_DIM, BLOCK_M
     )
-    gl.store(
-        out_ptr + offsets, gl.convert_layout(result, gl.BlockedLayout([1, 8], [2, 16], [4, 1], [1, 0])), mask=valid
-    )
+    gl.store(out_ptr + offsets, gl.convert_layout(result, PLAIN), mask=valid)
 
 
 @gluon.jit(

@@ -182,8 +182,7 @@ class Emulator:
         layout = SimpleNamespace
         gl = SimpleNamespace(
             float32=torch.float32, int32=torch.int32, int64=torch.int64, load=load, store=store, static_range=range,
-            exp2=torch.exp2,
-            where=torch.where, zeros_like=torch.zeros_like,
+            exp2=torch.exp2, where=torch.where, zeros_like=torch.zeros_like,
             program_id=lambda axis: _scalar(self._program.ids[axis]),
             num_programs=lambda axis: _scalar(self._grid[axis]),
             arange=lambda begin, end, layout: torch.arange(begin, end),

@@ -124,21 +124,22 @@ def beside_vllm(result: Result) -> Iterator[str]:
 
 def speculation(result: Result) -> Iterator[str]:
     """benchmarks/speculation.py: by how much a draft model speeds up decoding, by how often it is right."""
-    speedups = {(row["acceptance"], row["batch"]): row["speedup"] for row in result["result"]["rows"]}
+    speedups = {
+        (row["acceptance"], row["batch"]): f"{row['speedup']:.2f}× ({row['run_speedup']:.2f})"
+        for row in result["result"]["rows"]
+    }
     acceptances = sorted({acceptance for acceptance, _ in speedups})
     batches = sorted({batch for _, batch in speedups})
     num_tokens = result["arguments"]["num_tokens"]
     yield (
         f"**Speculation, the same shape, {card(result)}**: decoding with a draft model of three layers and up to "
-        f"{num_tokens} drafts, as fast as without, by the share of drafts that are right:"
+        f"{num_tokens} drafts, as fast as without, by the share of drafts that are right; an answer on average, in "
+        "brackets the last one of all:"
     )
     yield ""
     yield from table(
         ["accepted", *("1 sequence" if batch == 1 else f"{batch} sequences" for batch in batches)],
-        [
-            [f"{acceptance:.1f}", *(f"{speedups[acceptance, batch]:.2f}×" for batch in batches)]
-            for acceptance in acceptances
-        ],
+        [[f"{acceptance:.1f}", *(speedups[acceptance, batch] for batch in batches)] for acceptance in acceptances],
     )
 
 
@@ -228,16 +229,15 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> Iterator[str]:
         yield f"| {' | '.join(row)} |"
 
 
-def newest(folder: Path) -> dict[str, list[tuple[Path, Result]]]:
-    """Kind to the newest file of it, by the date inside; of one that is run in parts, all, the newest first."""
+def newest_first(folder: Path) -> dict[str, list[tuple[Path, Result]]]:
+    """Kind to its files, the newest first, by the date inside."""
     found: dict[str, list[tuple[Path, Result]]] = {}
     for file in sorted(folder.glob("*.json"), reverse=True):
         kind = file.name.partition("-")[0]
         if kind in KINDS:
             found.setdefault(kind, []).append((file, json.loads(file.read_text(encoding="utf-8"))))
-    for kind, files in found.items():
+    for files in found.values():
         files.sort(key=lambda file: str(file[1]["date"]), reverse=True)
-        del files[len(files) if kind in IN_PARTS else 1 :]
     return found
 
 
@@ -260,8 +260,8 @@ def joined(files: Sequence[tuple[Path, Result]], shown: set[str]) -> tuple[Resul
 def tables(folder: Path) -> str:
     """Everything that stands between the markers."""
     parts = []
-    for kind, files in sorted(newest(folder).items()):
-        result, used = joined(files, IN_PARTS[kind]) if kind in IN_PARTS else (files[0][1], files)
+    for kind, files in sorted(newest_first(folder).items()):
+        result, used = joined(files, IN_PARTS[kind]) if kind in IN_PARTS else (files[0][1], files[:1])
         lines = [*KINDS[kind](result)]
         for file, source in used:
             versions = ", ".join(f"{name} {version}" for name, version in source["versions"].items())

@@ -26,7 +26,7 @@ from octavo.bench.timing import Ceilings, microseconds
 from octavo_kernels import launch
 from octavo_kernels.activation import silu_and_mul
 from octavo_kernels.argmax import argmax
-from octavo_kernels.attention import Heads, Section, paged_attention, paged_attention_reference, plan_sections
+from octavo_kernels.attention import Heads, Planner, Section, paged_attention, paged_attention_reference
 from octavo_kernels.linear import SkinnyLinear
 from octavo_kernels.norm import rms_norm
 from octavo_kernels.rotary import Rotation, rotate_and_store
@@ -86,8 +86,7 @@ class Batch:
             torch.arange(0, num_rows * query_len + 1, query_len, device="cuda", dtype=torch.int32),
             seq_lens,
             torch.randn(num_rows * query_len, HEADS.num_heads, HEADS.head_dim, device="cuda", dtype=DTYPE),
-            plan_sections(
-                HEADS,
+            Planner(HEADS).plan(
                 seq_lens,
                 num_rows=num_rows,
                 num_tokens=num_rows * query_len,

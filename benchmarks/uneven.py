@@ -16,7 +16,7 @@ from kernels import BLOCK_SIZE, DEVICE, DTYPE, HEADS, ROTATION_BYTES, SCALE, rep
 from torch import Tensor
 
 from octavo.bench.timing import Ceilings, relative_error
-from octavo_kernels.attention import paged_attention, paged_attention_reference, plan_sections
+from octavo_kernels.attention import Planner, paged_attention, paged_attention_reference
 
 TRACE = Path(__file__).parent / "traces" / "sharegpt_like.json"
 MAX_SEQ_LEN = 16384  # what a captured step is planned for
@@ -47,8 +47,7 @@ def compare(ceilings: Ceilings, name: str, lengths: list[int]) -> str:
     query = torch.randn(num_rows, HEADS.num_heads, HEADS.head_dim, device=device, dtype=DTYPE)
     inputs = (tables.to(device), starts, seq_lens)
     expected = paged_attention_reference(query, caches[0], *inputs, scale=SCALE)
-    sections = plan_sections(
-        HEADS,
+    sections = Planner(HEADS).plan(
         seq_lens,
         num_rows=num_rows,
         num_tokens=num_rows,

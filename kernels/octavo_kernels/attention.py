@@ -8,6 +8,7 @@ The softmax is computed online in float32 (FlashAttention-2, Dao 2023).
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -16,10 +17,9 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from octavo_kernels.launch import Device, describe, power_of_two
+from octavo_kernels.launch import describe, power_of_two
 
 MAX_SPLITS = 64
-PROGRAMS_PER_PROCESSOR = 3  # how many programs a split of the context aims at; measured on an H200
 SHARED_ROWS = 256  # up to so many rows share out splits by the same kernel: few are compiled, and it is small
 INVARIANT_SPLIT_TOKENS = 1024
 LOG2_E = 1.4426950408889634
@@ -331,6 +331,7 @@ class Tiling:
     block_n: int
     num_warps: int
     num_stages: int
+    programs: int  # for each processor, that splits of the context aim at
 
 
 def tiling(rows_per_tile: int, head_dim: int) -> Tiling:
@@ -338,10 +339,10 @@ def tiling(rows_per_tile: int, head_dim: int) -> Tiling:
     ``octavo bench kernels``."""
     block_m = max(16, min(power_of_two(rows_per_tile), 128))
     if head_dim > 128:
-        return Tiling(min(block_m, 64), 32 if block_m <= 32 else 64, 4, 2)
+        return Tiling(min(block_m, 64), 32 if block_m <= 32 else 64, 4, 2, programs=3)
     if block_m == 16:
-        return Tiling(16, 64, 2, 4)
-    return Tiling(block_m, 64, 4, 3)
+        return Tiling(16, 64, 2, 4, programs=3)
+    return Tiling(block_m, 64, 4, 3, programs=3 if block_m <= 64 else 1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -382,138 +383,119 @@ class Heads:
         return self.num_heads // self.num_kv_heads
 
 
-def plan_sections(
-    heads: Heads,
-    seq_lens: Tensor,
-    *,
-    num_rows: int,
-    num_tokens: int,
-    num_decodes: int,
-    max_query_len: int,
-    max_seq_len: int,
-    batch_invariant: bool = False,
-    split_prompts: bool = True,
-) -> list[Section]:
-    """Cut a batch into launches from numbers that the host knows; the first ``num_decodes`` rows have one query each.
+@dataclass(frozen=True, slots=True)
+class Planner:
+    """Cuts batches into launches from numbers that the host knows.
 
     Nothing that the host decides depends on the lengths of single sequences, so a captured graph serves any of them up
-    to ``max_seq_len``. Splits of rows with few queries are shared out on the device, by ``seq_lens`` [num_rows] int32:
-    a long context beside short ones takes many programs, not one for all the time that the step takes. A row that must
-    not depend on its neighbours, or has none, is cut into splits of equal length.
-
-    ``split_prompts``: whether rows of more than a tile of queries are split as well, when they do not fill the device.
+    to the longest that it was planned for. Splits of rows with few queries are shared out on the device, by their
+    contexts' lengths: a long context beside short ones takes many programs, not one for all the time that the step
+    takes. A row that must not depend on its neighbours, or has none, is cut into splits of equal length.
     """
-    device = seq_lens.device
-    figures = describe(device)
 
-    def short(rows: int, tokens: int, query_len: int) -> Section:
-        if rows > 1 and not batch_invariant:
-            return _shared_out(heads, figures, rows, query_len, seq_lens)
-        return _section(heads, figures, device, 0, rows, tokens, query_len, max_seq_len, batch_invariant)
+    heads: Heads
+    batch_invariant: bool = False
+    split_prompts: bool = True
+    """Whether rows of more than a tile of queries are split as well, when they do not fill the device."""
+    tiling: Callable[[int, int], Tiling] = tiling
 
-    if max_query_len * heads.group <= 64 and not batch_invariant:
-        return [short(num_rows, num_tokens, max_query_len)]
-    sections = []
-    if num_decodes:
-        sections.append(short(num_decodes, num_decodes, 1))
-    if num_rows > num_decodes:
-        rest, tokens = num_rows - num_decodes, num_tokens - num_decodes
-        sections.append(
-            _section(
-                heads,
-                figures,
-                device,
-                num_decodes,
-                rest,
-                tokens,
-                max_query_len,
-                max_seq_len,
-                batch_invariant,
-                split_prompts,
-            )
-        )
-    return sections
+    def plan(
+        self,
+        seq_lens: Tensor,
+        *,
+        num_rows: int,
+        num_tokens: int,
+        num_decodes: int,
+        max_query_len: int,
+        max_seq_len: int,
+    ) -> list[Section]:
+        """The launches for rows of ``seq_lens`` [num_rows] int32, the first ``num_decodes`` with one query each."""
 
+        def short(rows: int, query_len: int) -> Section:
+            if rows > 1 and not self.batch_invariant:
+                return self._share_out(rows, query_len, seq_lens)
+            return self._split_evenly(0, rows, rows * query_len, query_len, max_seq_len, seq_lens.device)
 
-def _section(
-    heads: Heads,
-    figures: Device,
-    device: torch.device,
-    first_row: int,
-    num_rows: int,
-    num_tokens: int,
-    max_query_len: int,
-    max_seq_len: int,
-    batch_invariant: bool,
-    split_prompts: bool = True,
-) -> Section:
-    rows_per_tile = max_query_len * heads.group
-    if batch_invariant and max_query_len > 1:
-        rows_per_tile = 128
-    shape = tiling(rows_per_tile, heads.head_dim)
-    tokens_per_tile = shape.block_m // heads.group
-    one_tile = max_query_len <= tokens_per_tile
-    num_tiles = num_rows if one_tile else num_tokens // tokens_per_tile + num_rows
-    context_tiles = -(-max_seq_len // shape.block_n)
-    if batch_invariant:
-        split_tiles = INVARIANT_SPLIT_TOKENS // shape.block_n
-        num_splits = -(-context_tiles // split_tiles)
-    elif not (one_tile or split_prompts):
+        if max_query_len * self.heads.group <= 64 and not self.batch_invariant:
+            return [short(num_rows, max_query_len)]
+        sections = []
+        if num_decodes:
+            sections.append(short(num_decodes, 1))
+        if num_rows > num_decodes:
+            rows, tokens = num_rows - num_decodes, num_tokens - num_decodes
+            sections.append(self._split_evenly(num_decodes, rows, tokens, max_query_len, max_seq_len, seq_lens.device))
+        return sections
+
+    def _split_evenly(
+        self, first_row: int, num_rows: int, num_tokens: int, max_query_len: int, max_seq_len: int, device: torch.device
+    ) -> Section:
+        """Rows whose contexts have the same number of splits each."""
+        group, num_kv_heads = self.heads.group, self.heads.num_kv_heads
+        rows_per_tile = max_query_len * group
+        if self.batch_invariant and max_query_len > 1:
+            rows_per_tile = 128
+        shape = self.tiling(rows_per_tile, self.heads.head_dim)
+        tokens_per_tile = shape.block_m // group
+        one_tile = max_query_len <= tokens_per_tile
+        num_tiles = num_rows if one_tile else num_tokens // tokens_per_tile + num_rows
+        context_tiles = -(-max_seq_len // shape.block_n)
         split_tiles, num_splits = 0, 1
-    else:
-        split_tiles = 0
-        programs = figures.num_processors * (PROGRAMS_PER_PROCESSOR if shape.block_m <= 64 else 1)
-        num_splits = min(-(-programs // (num_tiles * heads.num_kv_heads)), MAX_SPLITS, context_tiles)
-    partial = statistics = arrivals = None
-    if num_splits > 1:
-        units = num_tiles * heads.num_kv_heads
-        block_d = power_of_two(heads.head_dim)
-        partial = torch.empty((units, num_splits, shape.block_m, block_d), dtype=torch.float32, device=device)
-        statistics = torch.empty((units, num_splits, 2, shape.block_m), dtype=torch.float32, device=device)
-        arrivals = torch.zeros(units, dtype=torch.int32, device=device)
-    return Section(
-        first_row, num_rows, num_tiles, num_splits, split_tiles, one_tile, shape, partial, statistics, arrivals
-    )
+        if self.batch_invariant:
+            split_tiles = INVARIANT_SPLIT_TOKENS // shape.block_n
+            num_splits = -(-context_tiles // split_tiles)
+        elif one_tile or self.split_prompts:
+            programs = describe(device).num_processors * shape.programs
+            num_splits = min(-(-programs // (num_tiles * num_kv_heads)), MAX_SPLITS, context_tiles)
+        partial = statistics = arrivals = None
+        if num_splits > 1:
+            units = num_tiles * num_kv_heads
+            block_d = power_of_two(self.heads.head_dim)
+            partial = torch.empty((units, num_splits, shape.block_m, block_d), dtype=torch.float32, device=device)
+            statistics = torch.empty((units, num_splits, 2, shape.block_m), dtype=torch.float32, device=device)
+            arrivals = torch.zeros(units, dtype=torch.int32, device=device)
+        return Section(
+            first_row, num_rows, num_tiles, num_splits, split_tiles, one_tile, shape, partial, statistics, arrivals
+        )
 
-
-def _shared_out(heads: Heads, figures: Device, num_rows: int, max_query_len: int, seq_lens: Tensor) -> Section:
-    """The leading rows, whose queries fit a tile each, with splits by their lengths."""
-    shape = tiling(max_query_len * heads.group, heads.head_dim)
-    device = seq_lens.device
-    programs = figures.num_processors * PROGRAMS_PER_PROCESSOR
-    num_extra = max(-(-programs // heads.num_kv_heads), num_rows // 4)
-    num_items = num_rows + num_extra
-    items = Items(
-        torch.empty(num_items, dtype=torch.int32, device=device),
-        torch.empty(num_rows + 1, dtype=torch.int32, device=device),
-    )
-    _share_out[(1,)](
-        items.rows,
-        items.first,
-        seq_lens,
-        num_rows,
-        num_items,
-        num_extra,
-        BLOCK_N=shape.block_n,
-        BLOCK_ROWS=max(SHARED_ROWS, power_of_two(num_rows)),
-        PDL=figures.dependent_launch,
-        **figures.options,
-    )
-    block_d = power_of_two(heads.head_dim)
-    units = num_items * heads.num_kv_heads
-    return Section(
-        first_row=0,
-        num_rows=num_rows,
-        num_tiles=num_items,
-        num_splits=1,
-        split_tiles=0,
-        one_tile=True,
-        tiling=shape,
-        partial=torch.empty((units, shape.block_m, block_d), dtype=torch.float32, device=device),
-        statistics=torch.empty((units, 2, shape.block_m), dtype=torch.float32, device=device),
-        arrivals=torch.zeros(num_rows * heads.num_kv_heads, dtype=torch.int32, device=device),
-        items=items,
-    )
+    def _share_out(self, num_rows: int, max_query_len: int, seq_lens: Tensor) -> Section:
+        """The leading rows, whose queries fit a tile each, with splits by their lengths."""
+        num_kv_heads, head_dim = self.heads.num_kv_heads, self.heads.head_dim
+        shape = self.tiling(max_query_len * self.heads.group, head_dim)
+        device = seq_lens.device
+        figures = describe(device)
+        num_extra = max(-(-figures.num_processors * shape.programs // num_kv_heads), num_rows // 4)
+        num_items = num_rows + num_extra
+        items = Items(
+            torch.empty(num_items, dtype=torch.int32, device=device),
+            torch.empty(num_rows + 1, dtype=torch.int32, device=device),
+        )
+        _share_out[(1,)](
+            items.rows,
+            items.first,
+            seq_lens,
+            num_rows,
+            num_items,
+            num_extra,
+            BLOCK_N=shape.block_n,
+            BLOCK_ROWS=max(SHARED_ROWS, power_of_two(num_rows)),
+            PDL=figures.dependent_launch,
+            **figures.options,
+        )
+        block_d = power_of_two(head_dim)
+        units = num_items * num_kv_heads
+        return Section(
+            first_row=0,
+            num_rows=num_rows,
+            num_tiles=num_items,
+            num_splits=1,
+            split_tiles=0,
+            one_tile=True,
+            tiling=shape,
+            partial=torch.empty((units, shape.block_m, block_d), dtype=torch.float32, device=device),
+            statistics=torch.empty((units, 2, shape.block_m), dtype=torch.float32, device=device),
+            arrivals=torch.zeros(num_rows * num_kv_heads, dtype=torch.int32, device=device),
+            items=items,
+        )
 
 
 def paged_attention(

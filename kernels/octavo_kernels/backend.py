@@ -10,7 +10,7 @@ from torch import Tensor
 from octavo.batch import ForwardBatch
 from octavo.interfaces import AttentionBackend, AttentionNeed, AttentionSpec
 from octavo.layers.attention import Attention
-from octavo_kernels.attention import Heads, Section, paged_attention, plan_sections
+from octavo_kernels.attention import Heads, Planner, Section, paged_attention
 from octavo_kernels.launch import missing_device
 from octavo_kernels.rotary import HeadNorm, Rotation, rotate_and_store
 
@@ -27,11 +27,13 @@ class TritonAttention(AttentionBackend):
 
     name: ClassVar[str] = "triton"
     capturable: ClassVar[bool] = True
-    _split_prompts: ClassVar[bool] = True  # see plan_sections
 
     def __init__(self, need: AttentionNeed) -> None:
         self._need = need
-        self._heads = Heads(need.num_heads, need.num_kv_heads, need.head_dim)
+        self._planner = self._make_planner(Heads(need.num_heads, need.num_kv_heads, need.head_dim))
+
+    def _make_planner(self, heads: Heads) -> Planner:
+        return Planner(heads, batch_invariant=self._need.batch_invariant)
 
     @classmethod
     def missing(cls, need: AttentionNeed) -> list[str]:
@@ -49,16 +51,13 @@ class TritonAttention(AttentionBackend):
         return (num_blocks, 2, spec.num_kv_heads, self._need.block_size, spec.head_dim)
 
     def plan(self, batch: ForwardBatch) -> list[Section]:
-        return plan_sections(
-            self._heads,
+        return self._planner.plan(
             batch.seq_lens,
             num_rows=batch.num_rows,
             num_tokens=batch.num_tokens,
             num_decodes=batch.num_decodes,
             max_query_len=batch.max_query_len,
             max_seq_len=batch.max_seq_len,
-            batch_invariant=self._need.batch_invariant,
-            split_prompts=self._split_prompts,
         )
 
     def attend(

@@ -1,4 +1,4 @@
-"""The attention backend ``triton-hopper``: ``triton`` with a prefill kernel made for Hopper GPUs."""
+"""The attention backend ``triton-hopper``: ``triton`` with kernels made for Hopper GPUs."""
 
 from __future__ import annotations
 
@@ -9,29 +9,31 @@ from torch import Tensor
 
 from octavo.batch import ForwardBatch
 from octavo.interfaces import AttentionNeed, AttentionSpec
-from octavo_kernels.attention import Section, paged_attention
+from octavo_kernels.attention import Heads, Planner, Section, paged_attention
 from octavo_kernels.backend import TritonAttention
 from octavo_kernels.launch import missing_hopper
 
 HEAD_DIM = 128
-BLOCK_SIZES = (8, 16, 32, 64, 128)  # they fill a tile, in whole swizzle patterns of 8 rows
+BLOCK_SIZES = (8, 16, 32, 64)  # they fill a tile, in whole swizzle patterns of 8 rows
 
 
 class HopperAttention(TritonAttention):
-    """Rows of more than a tile of queries go to the kernel for Hopper, all else is as in ``triton``.
+    """Rows with few queries and rows with many go to a kernel for Hopper each; what lies between is as in ``triton``.
 
-    That kernel is faster without splits than the other with them, also for 64 tokens behind 15,000.
+    The kernel for many is faster without splits than ``triton``'s with them, also for 64 tokens behind 15,000.
     """
 
     name: ClassVar[str] = "triton-hopper"
-    _split_prompts: ClassVar[bool] = False
 
     def __init__(self, need: AttentionNeed) -> None:
-        super().__init__(need)
         # Here and not above: being asked what it is missing must not take a Gluon that may have changed.
-        from octavo_kernels.hopper_attention import prefill_attention, serves
+        from octavo_kernels import hopper_attention, hopper_decode
 
-        self._prefill_attention, self._serves = prefill_attention, serves
+        self._prefill, self._decode = hopper_attention, hopper_decode
+        super().__init__(need)
+
+    def _make_planner(self, heads: Heads) -> Planner:
+        return Planner(heads, split_prompts=False, tiling=self._decode.tiling)
 
     @classmethod
     def missing(cls, need: AttentionNeed) -> list[str]:
@@ -55,8 +57,10 @@ class HopperAttention(TritonAttention):
         rows = batch.block_tables, batch.query_start, batch.seq_lens
         scales = {"scale": spec.scale, "key_scale": spec.key_scale, "value_scale": spec.value_scale}
         for section in plan:
-            if self._serves(section):
-                self._prefill_attention(out, query, kv, *rows, section, **scales)
+            if self._decode.serves(section):
+                self._decode.decode_attention(out, query, kv, *rows, section, **scales)
+            elif self._prefill.serves(section):
+                self._prefill.prefill_attention(out, query, kv, *rows, section, **scales)
             else:
                 paged_attention(query, kv, *rows, [section], **scales, out=out)
         return out

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from octavo_kernels.attention import Heads, paged_attention, paged_attention_reference, plan_sections
+from octavo_kernels.attention import Heads, Planner, paged_attention, paged_attention_reference
 
 
 @dataclass(frozen=True)
@@ -51,15 +51,15 @@ class Case:
             "value_scale": 0.25 if self.eight_bit else 1.0,
         }
         num_decodes = next((i for i, length in enumerate(query_lens) if length != 1), len(query_lens))
-        sections = plan_sections(
-            Heads(self.num_heads, self.num_kv_heads, self.head_dim),
+        sections = Planner(
+            Heads(self.num_heads, self.num_kv_heads, self.head_dim), batch_invariant=self.batch_invariant
+        ).plan(
             inputs[4],
             num_rows=len(self.rows),
             num_tokens=sum(query_lens),
             num_decodes=num_decodes,
             max_query_len=max(query_lens),
             max_seq_len=max(context_lens),
-            batch_invariant=self.batch_invariant,
         )
         out = paged_attention(*inputs, sections, **settings)
         assert all(section.arrivals is None or not section.arrivals.any() for section in sections)
@@ -117,8 +117,7 @@ def test_a_long_context_is_split_and_repeats_bit_by_bit(device: torch.device) ->
 @pytest.mark.parametrize("lengths", [[1, 1], [0, 5000], [64] * 7, [8000, *[100] * 40], [3000, 1, 64, 65, 129, 2000]])
 def test_splits_go_to_the_longest_contexts(device: torch.device, lengths: list[int]) -> None:
     seq_lens = torch.tensor(lengths, dtype=torch.int32, device=device)
-    (section,) = plan_sections(
-        Heads(4, 2, 32),
+    (section,) = Planner(Heads(4, 2, 32)).plan(
         seq_lens,
         num_rows=len(lengths),
         num_tokens=len(lengths),
@@ -139,15 +138,13 @@ def test_splits_go_to_the_longest_contexts(device: torch.device, lengths: list[i
 
 @pytest.mark.parametrize(("num_rows", "batch_invariant"), [(1, False), (3, True)])
 def test_splits_are_even_where_a_row_is_alone(num_rows: int, batch_invariant: bool) -> None:
-    sections = plan_sections(
-        Heads(32, 8, 128),
+    sections = Planner(Heads(32, 8, 128), batch_invariant=batch_invariant).plan(
         torch.tensor([8000] * num_rows, dtype=torch.int32),
         num_rows=num_rows,
         num_tokens=num_rows,
         num_decodes=num_rows,
         max_query_len=1,
         max_seq_len=8192,
-        batch_invariant=batch_invariant,
     )
     assert [section.num_tiles for section in sections] == [num_rows]
     assert [section.items for section in sections] == [None]
@@ -156,15 +153,13 @@ def test_splits_are_even_where_a_row_is_alone(num_rows: int, batch_invariant: bo
 
 @pytest.mark.parametrize("split_prompts", [True, False])
 def test_a_short_prompt_is_split_unless_its_kernel_does_without(device: torch.device, split_prompts: bool) -> None:
-    decodes, prompts = plan_sections(
-        Heads(4, 1, 128),
+    decodes, prompts = Planner(Heads(4, 1, 128), split_prompts=split_prompts).plan(
         torch.ones(4, dtype=torch.int32, device=device),
         num_rows=4,
         num_tokens=3 + 40,
         num_decodes=3,
         max_query_len=40,
         max_seq_len=8192,
-        split_prompts=split_prompts,
     )
     assert (decodes.num_rows, prompts.num_rows) == (3, 1)
     assert decodes.items is not None
@@ -180,15 +175,13 @@ def test_batch_invariant_rows_do_not_depend_on_their_neighbours(device: torch.de
     lens = torch.tensor([1050, 30, 500], device=device, dtype=torch.int32)
 
     def run(rows: int) -> torch.Tensor:
-        sections = plan_sections(
-            heads,
+        sections = Planner(heads, batch_invariant=True).plan(
             lens[:rows],
             num_rows=rows,
             num_tokens=rows,
             num_decodes=rows,
             max_query_len=1,
             max_seq_len=1050,
-            batch_invariant=True,
         )
         starts = torch.arange(rows + 1, device=device, dtype=torch.int32)
         return paged_attention(query[:rows], kv, tables[:rows], starts, lens[:rows], sections, scale=0.2)

@@ -19,7 +19,7 @@ from triton.compiler import ASTSource
 from triton.experimental.gluon._runtime import GluonASTSource
 from octavo_kernels import (
     activation, argmax, attention, candidate_sample, candidates, fp8_linear, fp8_tokens, hopper_attention,
-    hopper_linear, invariant_linear, linear, logprobs, norm, packed_linear, rotary, sample,
+    hopper_decode, hopper_linear, invariant_linear, linear, logprobs, norm, packed_linear, rotary, sample,
 )
 
 FLOATS = {"eps", "scale", "soft_cap", "value_scale", "key_inverse_scale", "value_inverse_scale"}
@@ -68,6 +68,13 @@ def attend(rows, one_tile, split, items=False):
         SPLIT=split, ITEMS=items, SPLIT_TILES=0, ONE_TILE=one_tile, WINDOW=0, SOFT_CAP=False, EIGHT_BIT=False,
         STAGES=tile.num_stages, PDL=True))
 
+def attend_hopper(rows, items):
+    tile = hopper_decode.tiling(rows, 128)
+    return compile(hopper_decode._decode_attention, tile.num_warps, dict(
+        NUM_KV_HEADS=8, GROUP=4, HEAD_DIM=128, BLOCK_SIZE=16, ROWS=tile.block_m, BLOCK_N=tile.block_n, SPLIT=True,
+        ITEMS=items, STAGES=tile.num_stages, LOADING_REGISTERS=hopper_decode.LOADING_REGISTERS, PDL=True),
+        GluonASTSource, hopper_decode.max_registers(tile), kv_descriptor=f"tensordesc<bf16[16, 64],{shared!r}>")
+
 def packed(num_tokens):
     tile = packed_linear.packed_tiling(4096, 28672, num_tokens)
     return compile(packed_linear._packed, tile.num_warps, dict(
@@ -98,6 +105,9 @@ print(json.dumps({
         COMPUTING_REGISTERS=hopper_attention.COMPUTING_REGISTERS,
         LOADING_REGISTERS=hopper_attention.LOADING_REGISTERS, PDL=True),
         GluonASTSource, hopper_attention.MAX_REGISTERS, kv_descriptor=f"tensordesc<bf16[16, 64],{shared!r}>"),
+    "decode_hopper": attend_hopper(4, True),
+    "decode_hopper, one row": attend_hopper(4, False),
+    "verification_hopper": attend_hopper(20, True),
     "one_token": compile(linear._one_token, one.num_warps, dict(
         K=4096, BLOCK_N=one.block_n, BLOCK_K=one.block_k, BIAS=False, PDL=True)),
     "few_tokens": compile(linear._few_tokens, few.num_warps, dict(
@@ -176,7 +186,7 @@ def test_nothing_spills_except_prefill_by_a_few_bytes(reports: dict[str, dict[st
 
 def test_wide_tiles_use_the_matrix_units_of_hopper(reports: dict[str, dict[str, int]]) -> None:
     assert reports["prefill"]["wgmma"] > 0
-    assert reports["prefill_hopper"]["wgmma"] > 0
+    assert all(reports[name]["wgmma"] > 0 for name in ("prefill_hopper", "decode_hopper", "verification_hopper"))
     assert all(
         reports[name]["wgmma"] > 0
         for name in ("few_tokens", "few_tokens, wide", "packed_few", "packed_many", "fp8_few")
@@ -185,13 +195,18 @@ def test_wide_tiles_use_the_matrix_units_of_hopper(reports: dict[str, dict[str, 
 
 
 READ_AHEAD = {
-    "decode", "verification", "prefill", "prefill_hopper", "few_tokens", "few_tokens, wide", "packed_few",
-    "packed_many", "fp8_few",
+    "decode", "decode_hopper", "verification", "verification_hopper", "prefill", "prefill_hopper", "few_tokens",
+    "few_tokens, wide", "packed_few", "packed_many", "fp8_few",
 }  # fmt: skip
 
 
 def test_caches_and_weights_are_read_asynchronously(reports: dict[str, dict[str, int]]) -> None:
     assert all(reports[name]["async"] > 0 for name in reports if name in READ_AHEAD)
+
+
+def test_programs_that_decode_share_a_processor(reports: dict[str, dict[str, int]]) -> None:
+    for name, programs in (("decode_hopper", 3), ("decode_hopper, one row", 3), ("verification_hopper", 2)):
+        assert programs * (reports[name]["shared"] + 1024) <= 228 * 1024
 
 
 def test_every_kernel_waits_for_its_predecessor(reports: dict[str, dict[str, int]]) -> None:

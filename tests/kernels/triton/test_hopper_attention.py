@@ -8,13 +8,14 @@ they are waited for, tiles that lie in shared memory in two halves. What the com
 
 from __future__ import annotations
 
+import itertools
 import random
 import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -48,7 +49,7 @@ class Pointer:
         return Pointer(self.memory, self.offsets + offsets)
 
 
-def load(pointer: Pointer, mask: Tensor | None = None, other: float = 0.0) -> Tensor:
+def load(pointer: Pointer, mask: Tensor | None = None, other: float = 0.0, cache_modifier: str | None = None) -> Tensor:
     if mask is None:
         assert bool((pointer.offsets >= 0).all())
         return pointer.memory[pointer.offsets]
@@ -56,9 +57,17 @@ def load(pointer: Pointer, mask: Tensor | None = None, other: float = 0.0) -> Te
     return torch.where(mask, pointer.memory[torch.where(mask, offsets, 0)], other).to(pointer.memory.dtype)
 
 
-def store(pointer: Pointer, value: Tensor, mask: Tensor) -> None:
-    offsets, mask = torch.broadcast_tensors(pointer.offsets, mask)
+def store(pointer: Pointer, value: Any, mask: Tensor | None = None) -> None:
+    value = torch.as_tensor(value, dtype=pointer.memory.dtype)
+    mask = torch.ones_like(pointer.offsets, dtype=torch.bool) if mask is None else mask
+    offsets, mask, value = torch.broadcast_tensors(pointer.offsets, mask, value)
     pointer.memory[offsets[mask]] = value[mask]
+
+
+def atomic_add(pointer: Pointer, value: int, sem: str) -> Tensor:
+    before = pointer.memory[pointer.offsets].clone()
+    pointer.memory[pointer.offsets] += value
+    return before
 
 
 @dataclass(frozen=True)
@@ -95,6 +104,7 @@ class Shared:
         return tile.T if self.transposed else tile
 
     def store(self, value: Tensor) -> None:
+        value = value.T if self.transposed else value
         self._panels.copy_(value.view(self.shape[0], -1, 64).transpose(0, 1))
 
 
@@ -168,20 +178,34 @@ class Emulator:
 
     def __init__(self) -> None:
         self._program = threading.local()
-        self._grid = (1, 1)
+        self._grid: tuple[int, ...] = (1, 1)
 
-    def run(self, kernel: Callable[..., None], grid: tuple[int, int], *args: object, **constants: object) -> None:
+    def run(self, kernel: Callable[..., None], grid: tuple[int, ...], *args: object, **constants: object) -> None:
+        """Programs run one after the other, in any order."""
         self._grid = grid
-        for x in range(grid[0]):
-            for y in range(grid[1]):
-                self._program.ids = (x, y)
-                kernel(*args, **constants)
+        programs = list(itertools.product(*map(range, grid)))
+        random.shuffle(programs)
+        for self._program.ids in programs:
+            kernel(*args, **constants)
+
+    def stand_in(self, monkeypatch: pytest.MonkeyPatch, *modules: ModuleType) -> None:
+        """Put itself in place of Gluon in these modules, whose functions lose their compiler."""
+        for module in modules:
+            functions = {
+                name: value.fn
+                for name, value in vars(module).items()
+                if isinstance(value, hopper_attention.gluon._runtime.GluonJITFunction)
+            }
+            for name, value in {**self.names(), **functions}.items():
+                if hasattr(module, name):
+                    monkeypatch.setattr(module, name, value)
 
     def names(self) -> dict[str, Any]:
         """What to put in place of the module's names."""
         layout = SimpleNamespace
         gl = SimpleNamespace(
-            float32=torch.float32, int32=torch.int32, int64=torch.int64, load=load, store=store, static_range=range,
+            float32=torch.float32, int32=torch.int32, int64=torch.int64, load=load, store=store, atomic_add=atomic_add,
+            static_range=range,
             exp2=torch.exp2, where=torch.where, zeros_like=torch.zeros_like,
             program_id=lambda axis: _scalar(self._program.ids[axis]),
             num_programs=lambda axis: _scalar(self._grid[axis]),
@@ -202,13 +226,9 @@ class Emulator:
             "mbarrier": MBARRIER,
             "tma": SimpleNamespace(async_copy_global_to_shared=self._copy),
             "warpgroup_mma": self._multiply,
+            "warpgroup_mma_init": lambda value: value,
             "warpgroup_mma_wait": self._wait,
             "fence_async_shared": lambda: None,
-            **{
-                name: value.fn
-                for name, value in vars(hopper_attention).items()
-                if isinstance(value, hopper_attention.gluon._runtime.GluonJITFunction)
-            },
         }
 
     def _allocate(self, dtype: torch.dtype, shape: list[int], layout: object) -> Shared | Barriers:
@@ -241,7 +261,7 @@ class Emulator:
         self._program.running = [*getattr(self._program, "running", []), product]
         return product
 
-    def _wait(self, num_outstanding: int, deps: list[Product]) -> Tensor:
+    def _wait(self, num_outstanding: int, deps: list[Any]) -> Any:
         running = self._program.running
         done, self._program.running = (
             running[: len(running) - num_outstanding],
@@ -250,9 +270,9 @@ class Emulator:
         time.sleep(random.random() * 2e-3)
         for product in done:
             product.finish()
-        result = deps[0].result
-        assert result is not None, "used before it was waited for"
-        return result
+        results = [dep.result if isinstance(dep, Product) else dep for dep in deps]
+        assert not any(result is None for result in results), "used before it was waited for"
+        return results[0] if len(results) == 1 else tuple(results)
 
     def _specialize(self, parts: list[tuple[Callable[..., None], tuple[Any, ...]]], *_: object) -> None:
         def run(part: Callable[..., None], args: tuple[Any, ...]) -> None:
@@ -299,8 +319,7 @@ def test_attends_with_warps_as_threads(
     out = torch.full((sum(query_lens) * num_heads * head_dim,), float("nan"))
 
     emulator = Emulator()
-    for name, value in emulator.names().items():
-        monkeypatch.setattr(hopper_attention, name, value)
+    emulator.stand_in(monkeypatch, hopper_attention)
     group = num_heads // num_kv_heads
     num_tiles = sum(query_lens) // (hopper_attention.BLOCK_M // group) + len(rows)
     scale = head_dim**-0.5
@@ -316,8 +335,7 @@ def test_attends_with_warps_as_threads(
 
 @pytest.mark.parametrize("num_rows", [1, 3, 128, 129, 300])
 def test_each_tile_finds_its_row(monkeypatch: pytest.MonkeyPatch, num_rows: int) -> None:
-    for name, value in Emulator().names().items():
-        monkeypatch.setattr(hopper_attention, name, value)
+    Emulator().stand_in(monkeypatch, hopper_attention)
     pick, first_row, tokens = random.Random(0), 2, 32
     starts = torch.tensor([0] + [pick.choice([1, 31, 32, 33, 100]) for _ in range(first_row + num_rows)]).cumsum(0)
     mine = starts[first_row:]

@@ -40,13 +40,7 @@ class Emulator(emulation.Emulator):
         gl.exp = torch.exp
         gl.split = lambda x: (x[..., 0], x[..., 1])
         gl.NVMMASharedLayout = gl.NVMMADistributedLayout = lambda *_: None
-        kernels = {
-            name: value.fn
-            for name, value in vars(hopper_gated).items()
-            if isinstance(value, hopper_gated.gluon._runtime.GluonJITFunction)
-        }
-        barriers_and_products = ("mbarrier", "tma", "warpgroup_mma", "warpgroup_mma_wait")
-        return {"gl": gl, **{name: names[name] for name in barriers_and_products}, **kernels}
+        return names
 
     def run_all(self, kernel: Callable[..., None], *args: object, **constants: object) -> None:
         for self._grid_index in range(NUM_PROGRAMS):
@@ -99,8 +93,7 @@ def test_multiplies_and_gates_with_warps_as_threads(
     x, weight = torch.randn(num_tokens, num_in), torch.randn(2 * size, num_in) * num_in**-0.5
     out = torch.full((num_tokens * size,), float("nan"))
     emulator = Emulator()
-    for name, value in emulator.names().items():
-        monkeypatch.setattr(hopper_gated, name, value)
+    emulator.stand_in(monkeypatch, hopper_gated)
     emulator.run_all(
         hopper_gated._multiply_gated, emulation.Pointer(out), x, weight, num_tokens, size, -(-num_tokens // 128),
         hopper_gated.BLOCK_M, hopper_gated.BLOCK_N, hopper_gated.STEP, num_in // hopper_gated.STEP, 3, 2, 0, 0,

@@ -1,0 +1,104 @@
+"""The decode kernel for Hopper: its Python run with threads for its warps, as in ``test_hopper_attention.py``."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+
+pytest.importorskip("triton.experimental.gluon.language.nvidia.hopper")
+
+from tests.kernels.triton.test_hopper_attention import Emulator, Pointer, _scalar
+
+from octavo_kernels import hopper_attention, hopper_decode
+from octavo_kernels.attention import LOG2_E, Heads, Planner, Section, paged_attention_reference
+
+EVERY_ROW_SPLIT = [(1, 700), (1, 64), (1, 65), (1, 1), (1, 0), (1, 250)]
+
+
+@pytest.mark.parametrize(("num_heads", "num_kv_heads", "block_size"), [(4, 1, 16), (2, 2, 32), (7, 1, 8)], ids=str)
+@pytest.mark.parametrize(
+    "rows",
+    [[(1, 1)], [(1, 900)], [(1, 0)], [(3, 200)], EVERY_ROW_SPLIT, [(1, 3), (4, 400), (2, 2), (3, 66), (4, 4)]],
+    ids=str,
+)
+def test_attends_with_warps_as_threads(
+    monkeypatch: pytest.MonkeyPatch,
+    device: torch.device,
+    rows: list[tuple[int, int]],
+    num_heads: int,
+    num_kv_heads: int,
+    block_size: int,
+) -> None:
+    """Rows are (query length, context length); whatever no sequence holds is no number."""
+    random.seed(0)
+    torch.manual_seed(0)
+    head_dim, group = 128, num_heads // num_kv_heads
+    query_lens, context_lens = zip(*rows, strict=True)
+    counts = [-(-length // block_size) for length in context_lens]
+    blocks = torch.randperm(sum(counts) + 2)
+    kv = torch.randn(len(blocks), 2, num_kv_heads, block_size, head_dim)
+    tables = torch.zeros(len(rows), max(counts) + 1, dtype=torch.int32)
+    used = torch.zeros(len(blocks), block_size, dtype=torch.bool)
+    for row, (count, mine) in enumerate(zip(counts, blocks[: sum(counts)].split(counts), strict=True)):
+        tables[row, :count] = mine
+        used[mine] = (torch.arange(count * block_size) < context_lens[row]).view(count, block_size)
+    clean = kv.clone()
+    kv.transpose(1, 3)[~used] = float("nan")
+    query = torch.randn(sum(query_lens), num_heads, head_dim)
+    starts = torch.tensor([0, *query_lens]).cumsum(0)
+    lens = torch.tensor(context_lens)
+    (section,) = Planner(Heads(num_heads, num_kv_heads, head_dim), tiling=hopper_decode.tiling).plan(
+        lens.int(),
+        num_rows=len(rows),
+        num_tokens=sum(query_lens),
+        num_decodes=len(rows) if max(query_lens) == 1 else 0,
+        max_query_len=max(query_lens),
+        max_seq_len=1024,
+    )
+    assert hopper_decode.serves(section)
+
+    emulator = Emulator()
+    emulator.stand_in(monkeypatch, hopper_attention, hopper_decode)
+    scale = head_dim**-0.5
+    expected = paged_attention_reference(query, clean, tables, starts, lens, scale=scale, value_scale=0.5)
+    for _ in range(2):  # the second finds the counters as the first left them
+        out = torch.full((sum(query_lens) * num_heads * head_dim,), float("nan"))
+        emulator.run(
+            hopper_decode._decode_attention, (num_kv_heads, section.num_tiles, section.num_splits), Pointer(out),
+            *_scratch(section), Pointer(query.flatten()), kv.view(-1, head_dim), Pointer(tables.long().flatten()),
+            Pointer(starts), Pointer(lens), tables.stride(0), _scalar(0), scale * LOG2_E, 0.5,
+            _scalar(section.num_splits), num_kv_heads, group, head_dim, block_size, section.tiling.block_m,
+            section.tiling.block_n, section.partial is not None, section.items is not None,
+            section.tiling.num_stages, 0, False,
+        )  # fmt: skip
+        torch.testing.assert_close(out.view_as(expected), expected, atol=1e-5, rtol=1e-5)
+
+
+def _scratch(section: Section) -> list[Pointer]:
+    """Partial results, their statistics, arrivals, the items' rows and each row's first item."""
+    items = None if section.items is None else (section.items.rows, section.items.first)
+    parts = (section.partial, section.statistics, section.arrivals, *(items or (None, None)))
+    return [Pointer(torch.zeros(1) if part is None else part.flatten()) for part in parts]
+
+
+def test_rows_that_are_too_high_are_left_to_others() -> None:
+    planner = Planner(Heads(32, 8, 128), split_prompts=False, tiling=hopper_decode.tiling)
+
+    def plan(num_decodes: int, num_prompts: int, query_len: int) -> list[bool]:
+        rows = num_decodes + num_prompts
+        sections = planner.plan(
+            torch.tensor([500] * rows, dtype=torch.int32),
+            num_rows=rows,
+            num_tokens=num_decodes + num_prompts * query_len,
+            num_decodes=num_decodes,
+            max_query_len=query_len if num_prompts else 1,
+            max_seq_len=1024,
+        )
+        return [hopper_decode.serves(section) for section in sections]
+
+    assert plan(1, 0, 0) == [True]
+    assert plan(3, 2, 8) == [True]  # 32 rows of (query, head of the group)
+    assert plan(3, 2, 9) == [False]
+    assert plan(3, 2, 100) == [True, False]

@@ -85,9 +85,12 @@ class Emulator(emulation.Emulator):
         threading.Thread(target=arrive).start()
 
 
-@pytest.mark.parametrize(("num_tokens", "size", "num_in"), [(300, 256, 128), (128, 384, 192), (17, 128, 640)])
+@pytest.mark.parametrize(
+    ("num_tokens", "size", "num_in", "num_parts"),
+    [(300, 256, 128, 2), (128, 384, 192, 2), (17, 128, 640, 2), (400, 256, 128, 3), (17, 128, 320, 3)],
+)
 def test_multiplies_and_gates_with_warps_as_threads(
-    monkeypatch: pytest.MonkeyPatch, num_tokens: int, size: int, num_in: int
+    monkeypatch: pytest.MonkeyPatch, num_tokens: int, size: int, num_in: int, num_parts: int
 ) -> None:
     random.seed(0)
     x, weight = torch.randn(num_tokens, num_in), torch.randn(2 * size, num_in) * num_in**-0.5
@@ -95,8 +98,9 @@ def test_multiplies_and_gates_with_warps_as_threads(
     emulator = Emulator()
     emulator.stand_in(monkeypatch, hopper_gated)
     emulator.run_all(
-        hopper_gated._multiply_gated, emulation.Pointer(out), x, weight, num_tokens, size, -(-num_tokens // 128),
-        hopper_gated.BLOCK_M, hopper_gated.BLOCK_N, hopper_gated.STEP, num_in // hopper_gated.STEP, 3, 2, 0, 0,
+        hopper_gated._multiply_gated, emulation.Pointer(out), x, weight, num_tokens, size,
+        -(-num_tokens // (num_parts * 64)), num_parts, 64, hopper_gated.BLOCK_N, hopper_gated.STEP,
+        num_in // hopper_gated.STEP, 3, 2, 0, 0, 0,
     )  # fmt: skip
     torch.testing.assert_close(out.view(num_tokens, size), silu_and_mul_reference(x @ weight.T), atol=1e-5, rtol=1e-5)
 
@@ -121,7 +125,7 @@ class Recording(HopperLinear):
 
 
 def test_only_many_tokens_are_gated_by_the_product(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hopper_gated, "multiply_gated", lambda x, weight: silu_and_mul_reference(x @ weight.T))
+    monkeypatch.setattr(hopper_gated, "multiply_gated", lambda x, weight, tile: silu_and_mul_reference(x @ weight.T))
     layer = Recording(64, 512)
     num_processors = layer._device.num_processors
     least = (HopperLinear.MIN_ROUNDS * num_processors // 2 - 1) * 128 + 1  # two tiles for each 128 tokens

@@ -38,7 +38,7 @@ LOADING_REGISTERS = 40
 
 
 @gluon.jit
-def _load_blocks(
+def load_blocks(
     kv_descriptor,
     table_ptr,
     keys,
@@ -349,7 +349,7 @@ def _prefill_attention(
                 first_token, first_query, query_len, seq_len, head, scale, value_scale, 1, NUM_KV_HEADS, GROUP,
                 HEAD_DIM, BLOCK_M, BLOCK_N, STAGES,
             )),
-            (_load_blocks, (
+            (load_blocks, (
                 kv_descriptor, table_ptr, key_blocks, value_blocks, key_full, key_empty, value_full, value_empty,
                 num_tiles, last_block, head, NUM_KV_HEADS, BLOCK_SIZE, HEAD_DIM, BLOCK_N, STAGES,
             )),

@@ -2,9 +2,9 @@
 
 What ``attention.py`` computes for rows whose queries, times the heads of a group, fit one tile: decodes and draft
 verification. That is reading the cache, and at the device's limit of power what a byte costs counts as much as how many
-there are. The tensor memory accelerator brings blocks to shared memory for a tenth less energy than threads do, and
-from there the matrix units read them: products have the context on their left, 64 tokens or dimensions high, and the
-few queries on their right.
+there are. The tensor memory accelerator brings blocks to shared memory for less energy than threads do, and from there
+the matrix units read them: products have the context on their left, 64 tokens or dimensions high, and the few queries
+on their right.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from octavo_kernels import attention
 from octavo_kernels.attention import LOG2_E, Section, Tiling
-from octavo_kernels.hopper_attention import _load_blocks
+from octavo_kernels.hopper_attention import load_blocks
 from octavo_kernels.launch import describe, power_of_two
 
 BLOCK_N = 64
@@ -38,6 +38,12 @@ THREADS = 256
 
 LOADING_REGISTERS = 24
 """All threads start with as many registers, then those of the loading warp's group leave the others what they can."""
+
+
+@gluon.constexpr_function
+def _dimensions_first():
+    """The layout in which rows [HEAD_DIM, ROWS] are read and stored: neighbouring dimensions of a head lie together."""
+    return gl.BlockedLayout([8, 1], [16, 2], [1, 4], [0, 1])
 
 
 @gluon.jit
@@ -205,7 +211,7 @@ def _attend_rows(
     ROWS: gl.constexpr = queries.shape[0]
     HEAD_DIM: gl.constexpr = queries.shape[1]
     MMA: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, ROWS, 16])
-    STORE: gl.constexpr = gl.BlockedLayout([8, 1], [16, 2], [1, 4], [0, 1])
+    STORE: gl.constexpr = _dimensions_first()
     offsets, valid = _places(first_token, query_len, head, ROWS, NUM_KV_HEADS, GROUP, HEAD_DIM, STORE)
     queries.permute((1, 0)).store(gl.load(query_ptr + offsets, mask=valid, other=0.0))
     fence_async_shared()
@@ -296,8 +302,8 @@ def _decode_attention(
         return
     dtype: gl.constexpr = query_ptr.dtype.element_ty
     if seq_len <= 0:  # a row with no context, such as a graph's padding, gives zeros
-        PLAIN: gl.constexpr = gl.BlockedLayout([8, 1], [16, 2], [1, 4], [0, 1])
-        offsets, valid = _places(first_token, query_len, head, ROWS, NUM_KV_HEADS, GROUP, HEAD_DIM, PLAIN)
+        STORE: gl.constexpr = _dimensions_first()
+        offsets, valid = _places(first_token, query_len, head, ROWS, NUM_KV_HEADS, GROUP, HEAD_DIM, STORE)
         gl.store(out_ptr + offsets, gl.zeros_like(offsets).to(dtype), mask=valid)
         return
     first_tile = split * tiles_per_split
@@ -332,7 +338,7 @@ def _decode_attention(
                 first_tile * BLOCK_N, first_token, query_len, seq_len, head, split, num_active, scale, value_scale,
                 NUM_KV_HEADS, GROUP, PARTIAL_STEP, SPLIT, STAGES,
             )),
-            (_load_blocks, (
+            (load_blocks, (
                 kv_descriptor, table_ptr, key_blocks, value_blocks, key_full, key_empty, value_full, value_empty,
                 num_tiles, last_block, head, NUM_KV_HEADS, BLOCK_SIZE, HEAD_DIM, BLOCK_N, STAGES,
             )),

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -11,8 +13,10 @@ pytest.importorskip("triton.experimental.gluon.language.nvidia.hopper")
 
 from tests.kernels.triton.test_hopper_attention import Emulator, Pointer, _scalar
 
-from octavo_kernels import hopper_attention, hopper_decode
+from octavo.interfaces import AttentionNeed
+from octavo_kernels import hopper_attention, hopper_backend, hopper_decode
 from octavo_kernels.attention import LOG2_E, Heads, Planner, Section, paged_attention_reference
+from octavo_kernels.hopper_backend import HopperAttention
 
 EVERY_ROW_SPLIT = [(1, 700), (1, 64), (1, 65), (1, 1), (1, 0), (1, 250)]
 
@@ -81,6 +85,31 @@ def _scratch(section: Section) -> list[Pointer]:
     items = None if section.items is None else (section.items.rows, section.items.first)
     parts = (section.partial, section.statistics, section.arrivals, *(items or (None, None)))
     return [Pointer(torch.zeros(1) if part is None else part.flatten()) for part in parts]
+
+
+def test_each_section_goes_to_its_kernel(monkeypatch: pytest.MonkeyPatch, device: torch.device) -> None:
+    """Five decodes beside a row with 9 queries for 4 heads each, and beside one with 100."""
+    calls: list[str] = []
+    monkeypatch.setattr(hopper_decode, "decode_attention", lambda *_, **__: calls.append("decode"))
+    monkeypatch.setattr(hopper_attention, "prefill_attention", lambda *_, **__: calls.append("prefill"))
+    monkeypatch.setattr(hopper_backend, "paged_attention", lambda *_, **__: calls.append("triton"))
+    backend = HopperAttention(AttentionNeed(device, torch.bfloat16, torch.bfloat16, 16, 128, 32, 8))
+    for query_len, kernels in ((9, ["triton"]), (100, ["decode", "prefill"])):
+        seq_lens = torch.tensor([100, 200, 300, 400, 500, 1000], dtype=torch.int32, device=device)
+        batch: Any = SimpleNamespace(
+            block_tables=None,
+            query_start=None,
+            seq_lens=seq_lens,
+            num_rows=6,
+            num_tokens=5 + query_len,
+            num_decodes=5,
+            max_query_len=query_len,
+            max_seq_len=1024,
+        )
+        spec: Any = SimpleNamespace(num_heads=32, head_dim=128, scale=1.0, key_scale=1.0, value_scale=1.0)
+        backend._attend(torch.empty(batch.num_tokens, 32, 128), spec, torch.empty(0), batch, backend.plan(batch))
+        assert calls == kernels
+        calls.clear()
 
 
 def test_rows_that_are_too_high_are_left_to_others() -> None:

@@ -37,28 +37,50 @@ COMPUTING_REGISTERS = 232
 LOADING_REGISTERS = 40
 
 
+@gluon.constexpr_function
+def plain_layout():
+    """Of rows whose neighbouring elements lie together, as they are stored."""
+    return gl.BlockedLayout([1, 8], [2, 16], [4, 1], [1, 0])
+
+
+@gluon.jit
+def allocate_ring(
+    dtype: gl.constexpr, BLOCK_N: gl.constexpr, HEAD_DIM: gl.constexpr, STAGES: gl.constexpr, READERS: gl.constexpr
+):
+    """Shared memory for tiles of the cache on their way: keys and values [stage] x [BLOCK_N, HEAD_DIM], and of each
+    stage of both whether it is full and whether all READERS have done with it."""
+    SHARED: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
+    keys = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_N, HEAD_DIM], SHARED)
+    values = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_N, HEAD_DIM], SHARED)
+    key_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    key_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    value_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    value_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    for stage in gl.static_range(STAGES):
+        mbarrier.init(key_full.index(stage), count=1)
+        mbarrier.init(key_empty.index(stage), count=READERS)
+        mbarrier.init(value_full.index(stage), count=1)
+        mbarrier.init(value_empty.index(stage), count=READERS)
+    return keys, values, key_full, key_empty, value_full, value_empty
+
+
 @gluon.jit
 def load_blocks(
-    kv_descriptor,
-    table_ptr,
-    keys,
-    values,
-    key_full,
-    key_empty,
-    value_full,
-    value_empty,
-    num_tiles,
-    last_block,
-    head,
-    NUM_KV_HEADS: gl.constexpr,
-    BLOCK_SIZE: gl.constexpr,
-    HEAD_DIM: gl.constexpr,
-    BLOCK_N: gl.constexpr,
-    STAGES: gl.constexpr,
+    kv_descriptor, table_ptr, ring, num_tiles, last_block, head, NUM_KV_HEADS: gl.constexpr, BLOCK_SIZE: gl.constexpr
 ):
-    """The loading warp. ``keys`` and ``values`` are [stage, half of the head, block of the tile] x [BLOCK_SIZE, 64]."""
+    """The loading warp: ``num_tiles`` tiles of the cache, the newest first, into ``ring`` (see :func:`allocate_ring`).
+
+    A tile lies in shared memory as [half of the head, BLOCK_N, 64], so a block's part of it is two contiguous pieces.
+    """
+    keys, values, key_full, key_empty, value_full, value_empty = ring
+    STAGES: gl.constexpr = keys.shape[0]
+    BLOCK_N: gl.constexpr = keys.shape[1]
+    HEAD_DIM: gl.constexpr = keys.shape[2]
     blocks: gl.constexpr = BLOCK_N // BLOCK_SIZE
     halves: gl.constexpr = HEAD_DIM // 64  # 64 elements are 128 bytes, as wide as shared memory is swizzled
+    SHARED: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
+    key_blocks = keys._reinterpret(keys.dtype, [STAGES * halves * blocks, BLOCK_SIZE, 64], SHARED)
+    value_blocks = values._reinterpret(values.dtype, [STAGES * halves * blocks, BLOCK_SIZE, 64], SHARED)
     for i in range(num_tiles):
         stage = i % STAGES
         parity = (i // STAGES) & 1
@@ -69,7 +91,7 @@ def load_blocks(
             block = gl.load(table_ptr + gl.minimum(first_block + index, last_block))
             row = (block * (2 * NUM_KV_HEADS) + head) * BLOCK_SIZE
             for half in gl.static_range(halves):
-                target = keys.index((stage * halves + half) * blocks + index)
+                target = key_blocks.index((stage * halves + half) * blocks + index)
                 tma.async_copy_global_to_shared(kv_descriptor, [row, half * 64], key_full.index(stage), target)
         mbarrier.wait(value_empty.index(stage), parity ^ 1)
         mbarrier.expect(value_full.index(stage), BLOCK_N * HEAD_DIM * 2)
@@ -77,8 +99,18 @@ def load_blocks(
             block = gl.load(table_ptr + gl.minimum(first_block + index, last_block))
             row = (block * (2 * NUM_KV_HEADS) + NUM_KV_HEADS + head) * BLOCK_SIZE
             for half in gl.static_range(halves):
-                target = values.index((stage * halves + half) * blocks + index)
+                target = value_blocks.index((stage * halves + half) * blocks + index)
                 tma.async_copy_global_to_shared(kv_descriptor, [row, half * 64], value_full.index(stage), target)
+
+
+@gluon.jit
+def clear_beyond(values, first, seq_len):
+    """Zeros for the values [BLOCK_N, HEAD_DIM] of tokens from ``first`` on that are beyond the sequence's end: they may
+    be no number, and 0 times that is none either. A fence and a barrier are to follow."""
+    PLAIN: gl.constexpr = plain_layout()
+    there = first + gl.arange(0, values.shape[0], layout=gl.SliceLayout(1, PLAIN)) < seq_len
+    value = values.load(PLAIN)
+    values.store(gl.where(there[:, None], value, gl.zeros_like(value)))
 
 
 @gluon.jit
@@ -104,24 +136,20 @@ def _attend_tiles(
     total,
     weights,
     query,
-    keys,
-    values,
-    key_full,
-    key_empty,
-    value_full,
-    value_empty,
+    ring,
     begin,
     end,
     num_tiles,
     position,
     scale,
     MASKED: gl.constexpr,
-    ROWS: gl.constexpr,
-    BLOCK_N: gl.constexpr,
-    STAGES: gl.constexpr,
     MMA: gl.constexpr,
 ):
     """Tiles [begin, end) in the order of loading; ``weights`` are the tile's before, whose values are added here."""
+    keys, values, key_full, key_empty, value_full, value_empty = ring
+    ROWS: gl.constexpr = query.shape[0]
+    STAGES: gl.constexpr = keys.shape[0]
+    BLOCK_N: gl.constexpr = keys.shape[1]
     operand: gl.constexpr = gl.DotOperandLayout(0, MMA, 2)
     for i in range(begin, end):
         stage = i % STAGES
@@ -165,7 +193,7 @@ def _rows_of_part(
     HEAD_DIM: gl.constexpr, BLOCK_M: gl.constexpr,
 ):  # fmt: skip
     """Where a group's half of the rows lies among queries and outputs, [BLOCK_M / 2, HEAD_DIM], and which there are."""
-    LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [2, 16], [4, 1], [1, 0])
+    LAYOUT: gl.constexpr = plain_layout()
     m = PART * (BLOCK_M // 2) + gl.arange(0, BLOCK_M // 2, layout=gl.SliceLayout(1, LAYOUT))
     d = gl.arange(0, HEAD_DIM, layout=gl.SliceLayout(0, LAYOUT))
     token = first_query + m // GROUP
@@ -179,12 +207,7 @@ def _attend_rows(
     out_ptr,
     query_ptr,
     queries,
-    keys,
-    values,
-    key_full,
-    key_empty,
-    value_full,
-    value_empty,
+    ring,
     num_tiles,
     first_token,
     first_query,
@@ -196,15 +219,15 @@ def _attend_rows(
     PART: gl.constexpr,
     NUM_KV_HEADS: gl.constexpr,
     GROUP: gl.constexpr,
-    HEAD_DIM: gl.constexpr,
-    BLOCK_M: gl.constexpr,
-    BLOCK_N: gl.constexpr,
-    STAGES: gl.constexpr,
 ):
     """One group's half of the rows: the PART-th."""
-    rows: gl.constexpr = BLOCK_M // 2
+    keys, values, key_full, key_empty, value_full, _ = ring
+    STAGES: gl.constexpr = keys.shape[0]
+    BLOCK_N: gl.constexpr = keys.shape[1]
+    HEAD_DIM: gl.constexpr = keys.shape[2]
+    rows: gl.constexpr = queries.shape[1]
+    BLOCK_M: gl.constexpr = 2 * rows
     MMA: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, BLOCK_N, 16])
-    PLAIN: gl.constexpr = gl.BlockedLayout([1, 8], [2, 16], [4, 1], [1, 0])
     operand: gl.constexpr = gl.DotOperandLayout(0, MMA, 2)
     query = queries.index(PART)
     offsets, valid = _rows_of_part(
@@ -230,22 +253,17 @@ def _attend_rows(
     weights = gl.convert_layout(wide.to(query.dtype), operand)
     accumulator = gl.zeros([rows, HEAD_DIM], gl.float32, MMA)
     if first + BLOCK_N > seq_len:
-        # What lies behind the sequence's end may be no number, and 0 times that is none either. Both groups write
-        # the same.
         mbarrier.wait(value_full.index(0), 0)
-        there = first + gl.arange(0, BLOCK_N, layout=gl.SliceLayout(1, PLAIN)) < seq_len
-        value = values.index(0).load(PLAIN)
-        values.index(0).store(gl.where(there[:, None], value, gl.zeros_like(value)))
+        clear_beyond(values.index(0), first, seq_len)  # both groups write the same
         fence_async_shared()
         gl.thread_barrier()
 
     accumulator, maximum, total, weights = _attend_tiles(
-        accumulator, maximum, total, weights, query, keys, values, key_full, key_empty, value_full, value_empty,
-        1, num_masked, num_tiles, position, scale, True, rows, BLOCK_N, STAGES, MMA,
-    )  # fmt: skip
+        accumulator, maximum, total, weights, query, ring, 1, num_masked, num_tiles, position, scale, True, MMA
+    )
     accumulator, maximum, total, weights = _attend_tiles(
-        accumulator, maximum, total, weights, query, keys, values, key_full, key_empty, value_full, value_empty,
-        gl.maximum(num_masked, 1), num_tiles, num_tiles, position, scale, False, rows, BLOCK_N, STAGES, MMA,
+        accumulator, maximum, total, weights, query, ring, gl.maximum(num_masked, 1), num_tiles, num_tiles, position,
+        scale, False, MMA,
     )  # fmt: skip
     last = (num_tiles - 1) % STAGES
     mbarrier.wait(value_full.index(last), ((num_tiles - 1) // STAGES) & 1)
@@ -256,7 +274,7 @@ def _attend_rows(
     offsets, valid = _rows_of_part(
         first_token, first_query, query_len, head, PART, NUM_KV_HEADS, GROUP, HEAD_DIM, BLOCK_M
     )
-    gl.store(out_ptr + offsets, gl.convert_layout(result, PLAIN), mask=valid)
+    gl.store(out_ptr + offsets, gl.convert_layout(result, plain_layout()), mask=valid)
 
 
 @gluon.jit(
@@ -288,7 +306,6 @@ def _prefill_attention(
 ):
     """Program (key/value head, tile of queries)."""
     tokens_per_tile: gl.constexpr = BLOCK_M // GROUP
-    blocks: gl.constexpr = BLOCK_N // BLOCK_SIZE
     head = gl.program_id(0)
     tile = gl.num_programs(1) - 1 - gl.program_id(1)  # the longest contexts first
     if PDL:
@@ -317,42 +334,21 @@ def _prefill_attention(
 
     SHARED: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
     queries = gl.allocate_shared_memory(dtype, [2, BLOCK_M // 2, HEAD_DIM], SHARED)
-    # A tile [BLOCK_N, HEAD_DIM] lies in shared memory as [half of the head, BLOCK_N, 64], so a block's part of it is
-    # two contiguous pieces.
-    num_parts: gl.constexpr = STAGES * (HEAD_DIM // 64) * blocks
-    key_blocks = gl.allocate_shared_memory(dtype, [num_parts, BLOCK_SIZE, 64], SHARED)
-    value_blocks = gl.allocate_shared_memory(dtype, [num_parts, BLOCK_SIZE, 64], SHARED)
-    keys = key_blocks._reinterpret(dtype, [STAGES, BLOCK_N, HEAD_DIM], SHARED)
-    values = value_blocks._reinterpret(dtype, [STAGES, BLOCK_N, HEAD_DIM], SHARED)
-    key_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    key_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    value_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    value_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    for stage in gl.static_range(STAGES):
-        mbarrier.init(key_full.index(stage), count=1)
-        mbarrier.init(key_empty.index(stage), count=2)
-        mbarrier.init(value_full.index(stage), count=1)
-        mbarrier.init(value_empty.index(stage), count=2)
-
+    ring = allocate_ring(dtype, BLOCK_N, HEAD_DIM, STAGES, 2)
     num_tiles = gl.cdiv(context_end, BLOCK_N)
     last_block = (seq_len - 1) // BLOCK_SIZE
     table_ptr = block_tables_ptr + row.to(gl.int64) * block_tables_stride
     gl.warp_specialize(
         [
             (_attend_rows, (
-                out_ptr, query_ptr, queries, keys, values, key_full, key_empty, value_full, value_empty, num_tiles,
-                first_token, first_query, query_len, seq_len, head, scale, value_scale, 0, NUM_KV_HEADS, GROUP,
-                HEAD_DIM, BLOCK_M, BLOCK_N, STAGES,
+                out_ptr, query_ptr, queries, ring, num_tiles, first_token, first_query, query_len, seq_len, head, scale,
+                value_scale, 0, NUM_KV_HEADS, GROUP,
             )),
             (_attend_rows, (
-                out_ptr, query_ptr, queries, keys, values, key_full, key_empty, value_full, value_empty, num_tiles,
-                first_token, first_query, query_len, seq_len, head, scale, value_scale, 1, NUM_KV_HEADS, GROUP,
-                HEAD_DIM, BLOCK_M, BLOCK_N, STAGES,
+                out_ptr, query_ptr, queries, ring, num_tiles, first_token, first_query, query_len, seq_len, head, scale,
+                value_scale, 1, NUM_KV_HEADS, GROUP,
             )),
-            (load_blocks, (
-                kv_descriptor, table_ptr, key_blocks, value_blocks, key_full, key_empty, value_full, value_empty,
-                num_tiles, last_block, head, NUM_KV_HEADS, BLOCK_SIZE, HEAD_DIM, BLOCK_N, STAGES,
-            )),
+            (load_blocks, (kv_descriptor, table_ptr, ring, num_tiles, last_block, head, NUM_KV_HEADS, BLOCK_SIZE)),
         ],
         [4, 1],
         [COMPUTING_REGISTERS, LOADING_REGISTERS],

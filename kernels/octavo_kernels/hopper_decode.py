@@ -24,7 +24,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from octavo_kernels import attention
 from octavo_kernels.attention import LOG2_E, Section, Tiling
-from octavo_kernels.hopper_attention import load_blocks
+from octavo_kernels.hopper_attention import allocate_ring, clear_beyond, load_blocks
 from octavo_kernels.launch import describe, power_of_two
 
 BLOCK_N = 64
@@ -50,27 +50,22 @@ def _dimensions_first():
 def _attend_context(
     queries,
     shared_weights,
-    keys,
-    values,
-    key_full,
-    key_empty,
-    value_full,
-    value_empty,
+    ring,
     num_tiles,
     begin,
     seq_len,
     position,
     maximum,
     scale,
-    STAGES: gl.constexpr,
     MMA: gl.constexpr,
 ):
     """The softmax over ``num_tiles`` tiles from token ``begin`` on, the newest first: sums of values
     [head_dim, rows], the rows' maxima and sums of weights."""
+    keys, values, key_full, key_empty, value_full, value_empty = ring
     ROWS: gl.constexpr = queries.shape[0]
+    STAGES: gl.constexpr = keys.shape[0]
     BLOCK_N: gl.constexpr = keys.shape[1]
     HEAD_DIM: gl.constexpr = keys.shape[2]
-    PLAIN: gl.constexpr = gl.BlockedLayout([1, 8], [2, 16], [4, 1], [1, 0])
     query = queries.permute((1, 0))
     weights_of_rows = shared_weights.permute((1, 0))
     accumulator = warpgroup_mma_init(gl.zeros([HEAD_DIM, ROWS], gl.float32, MMA))
@@ -97,10 +92,8 @@ def _attend_context(
         # All warps are done with the weights before: they have met for the maximum since.
         weights_of_rows.store(weights.to(queries.dtype))
         mbarrier.wait(value_full.index(stage), parity)
-        if first + BLOCK_N > seq_len:  # what lies behind the end may be no number, and 0 times that is none either
-            there = first + gl.arange(0, BLOCK_N, layout=gl.SliceLayout(1, PLAIN)) < seq_len
-            value = values.index(stage).load(PLAIN)
-            values.index(stage).store(gl.where(there[:, None], value, gl.zeros_like(value)))
+        if first + BLOCK_N > seq_len:
+            clear_beyond(values.index(stage), first, seq_len)
         fence_async_shared()
         gl.thread_barrier()
         value = values.index(stage).permute((1, 0))
@@ -110,12 +103,18 @@ def _attend_context(
 
 
 @gluon.jit
+def _are_taken(m, query_len, ROWS: gl.constexpr, GROUP: gl.constexpr):
+    """Which of the rows ``m`` (query, head of the group) there are."""
+    return (m // GROUP < query_len) & (m < ROWS // GROUP * GROUP)
+
+
+@gluon.jit
 def _places(first_token, query_len, head, ROWS: gl.constexpr, NUM_KV_HEADS: gl.constexpr, GROUP: gl.constexpr,
             HEAD_DIM: gl.constexpr, LAYOUT: gl.constexpr):  # fmt: skip
     """Where rows (query, head of the group) lie among queries and outputs, [HEAD_DIM, ROWS], and which there are."""
     d = gl.arange(0, HEAD_DIM, layout=gl.SliceLayout(1, LAYOUT))
     m = gl.arange(0, ROWS, layout=gl.SliceLayout(0, LAYOUT))
-    valid = (m // GROUP < query_len) & (m < ROWS // GROUP * GROUP)
+    valid = _are_taken(m, query_len, ROWS, GROUP)
     offsets = ((first_token + m // GROUP).to(gl.int64) * (NUM_KV_HEADS * GROUP) + head * GROUP + m % GROUP) * HEAD_DIM
     return offsets[None, :] + d[:, None], valid[None, :]
 
@@ -185,12 +184,7 @@ def _attend_rows(
     query_ptr,
     queries,
     shared_weights,
-    keys,
-    values,
-    key_full,
-    key_empty,
-    value_full,
-    value_empty,
+    ring,
     num_tiles,
     begin,
     first_token,
@@ -205,7 +199,6 @@ def _attend_rows(
     GROUP: gl.constexpr,
     PARTIAL_STEP: gl.constexpr,
     SPLIT: gl.constexpr,
-    STAGES: gl.constexpr,
 ):
     """The computing group. ``partial_ptr`` and ``statistics_ptr`` point to the first split's."""
     ROWS: gl.constexpr = queries.shape[0]
@@ -219,12 +212,10 @@ def _attend_rows(
     m = gl.arange(0, ROWS, layout=gl.SliceLayout(0, MMA))
     position = seq_len - query_len + m // GROUP
     # Rows that are nobody's get weights of zero: products with those take less power.
-    there = (m // GROUP < query_len) & (m < ROWS // GROUP * GROUP)
-    maximum = gl.where(there, float("-inf"), 1e30)
+    maximum = gl.where(_are_taken(m, query_len, ROWS, GROUP), float("-inf"), 1e30)
     accumulator, maximum, total = _attend_context(
-        queries, shared_weights, keys, values, key_full, key_empty, value_full, value_empty, num_tiles, begin, seq_len,
-        position, maximum, scale, STAGES, MMA,
-    )  # fmt: skip
+        queries, shared_weights, ring, num_tiles, begin, seq_len, position, maximum, scale, MMA
+    )
     sums = gl.convert_layout(accumulator, STORE)
     total = gl.convert_layout(total, gl.SliceLayout(0, STORE))
     maximum = gl.convert_layout(maximum, gl.SliceLayout(0, STORE)) * scale
@@ -312,20 +303,7 @@ def _decode_attention(
     SHARED: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
     queries = gl.allocate_shared_memory(dtype, [ROWS, HEAD_DIM], SHARED)
     shared_weights = gl.allocate_shared_memory(dtype, [ROWS, BLOCK_N], SHARED)
-    num_parts: gl.constexpr = STAGES * (HEAD_DIM // 64) * blocks
-    key_blocks = gl.allocate_shared_memory(dtype, [num_parts, BLOCK_SIZE, 64], SHARED)
-    value_blocks = gl.allocate_shared_memory(dtype, [num_parts, BLOCK_SIZE, 64], SHARED)
-    keys = key_blocks._reinterpret(dtype, [STAGES, BLOCK_N, HEAD_DIM], SHARED)
-    values = value_blocks._reinterpret(dtype, [STAGES, BLOCK_N, HEAD_DIM], SHARED)
-    key_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    key_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    value_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    value_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    for stage in gl.static_range(STAGES):
-        mbarrier.init(key_full.index(stage), count=1)
-        mbarrier.init(key_empty.index(stage), count=1)
-        mbarrier.init(value_full.index(stage), count=1)
-        mbarrier.init(value_empty.index(stage), count=1)
+    ring = allocate_ring(dtype, BLOCK_N, HEAD_DIM, STAGES, 1)
 
     last_block = (seq_len - 1) // BLOCK_SIZE - first_tile * blocks
     table_ptr = block_tables_ptr + row.to(gl.int64) * block_tables_stride + first_tile * blocks
@@ -334,14 +312,10 @@ def _decode_attention(
             (_attend_rows, (
                 out_ptr, partial_ptr + first_partial * (ROWS * HEAD_DIM),
                 statistics_ptr + first_partial * (2 * ROWS), arrivals_ptr + tile * NUM_KV_HEADS + head, query_ptr,
-                queries, shared_weights, keys, values, key_full, key_empty, value_full, value_empty, num_tiles,
-                first_tile * BLOCK_N, first_token, query_len, seq_len, head, split, num_active, scale, value_scale,
-                NUM_KV_HEADS, GROUP, PARTIAL_STEP, SPLIT, STAGES,
+                queries, shared_weights, ring, num_tiles, first_tile * BLOCK_N, first_token, query_len, seq_len, head,
+                split, num_active, scale, value_scale, NUM_KV_HEADS, GROUP, PARTIAL_STEP, SPLIT,
             )),
-            (load_blocks, (
-                kv_descriptor, table_ptr, key_blocks, value_blocks, key_full, key_empty, value_full, value_empty,
-                num_tiles, last_block, head, NUM_KV_HEADS, BLOCK_SIZE, HEAD_DIM, BLOCK_N, STAGES,
-            )),
+            (load_blocks, (kv_descriptor, table_ptr, ring, num_tiles, last_block, head, NUM_KV_HEADS, BLOCK_SIZE)),
         ],
         [1],
         [LOADING_REGISTERS],

@@ -30,10 +30,8 @@ class TritonAttention(AttentionBackend):
 
     def __init__(self, need: AttentionNeed) -> None:
         self._need = need
-        self._planner = self._make_planner(Heads(need.num_heads, need.num_kv_heads, need.head_dim))
-
-    def _make_planner(self, heads: Heads) -> Planner:
-        return Planner(heads, batch_invariant=self._need.batch_invariant)
+        heads = Heads(need.num_heads, need.num_kv_heads, need.head_dim)
+        self._planner = Planner(heads, batch_invariant=need.batch_invariant)
 
     @classmethod
     def missing(cls, need: AttentionNeed) -> list[str]:

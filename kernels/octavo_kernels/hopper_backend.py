@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import ClassVar
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor
 
 from octavo.batch import ForwardBatch
 from octavo.interfaces import AttentionNeed, AttentionSpec
-from octavo_kernels.attention import Heads, Planner, Section, paged_attention
+from octavo_kernels.attention import Section, paged_attention
 from octavo_kernels.backend import TritonAttention
 from octavo_kernels.launch import missing_hopper
 
@@ -26,14 +27,12 @@ class HopperAttention(TritonAttention):
     name: ClassVar[str] = "triton-hopper"
 
     def __init__(self, need: AttentionNeed) -> None:
+        super().__init__(need)
         # Here and not above: being asked what it is missing must not take a Gluon that may have changed.
         from octavo_kernels import hopper_attention, hopper_decode
 
         self._prefill, self._decode = hopper_attention, hopper_decode
-        super().__init__(need)
-
-    def _make_planner(self, heads: Heads) -> Planner:
-        return Planner(heads, split_prompts=False, tiling=self._decode.tiling)
+        self._planner = replace(self._planner, split_prompts=False, tiling=hopper_decode.tiling)
 
     @classmethod
     def missing(cls, need: AttentionNeed) -> list[str]:

@@ -9,6 +9,8 @@ import torch
 
 pytest.importorskip("triton")
 
+from tests.paging import RaggedQueries
+
 from octavo_kernels.attention import Section, paged_attention_reference, tiling
 from octavo_kernels.hopper_attention import BLOCK_M, prefill_attention
 
@@ -39,28 +41,20 @@ def test_attends(
     """Rows are (query length, context length)."""
     device, head_dim = torch.device("cuda"), 128
     torch.manual_seed(0)
-    query_lens, context_lens = zip(*rows, strict=True)
-    counts = [-(-length // block_size) for length in context_lens]
-    blocks = torch.randperm(sum(counts) + 2)
-    tables = torch.zeros(len(rows), max(counts) + 1, dtype=torch.int32)
-    used = torch.zeros(len(blocks), block_size, dtype=torch.bool)
-    for row, (count, mine) in enumerate(zip(counts, blocks[: sum(counts)].split(counts), strict=True)):
-        tables[row, :count] = mine
-        used[mine] = (torch.arange(count * block_size) < context_lens[row]).view(count, block_size)
-    clean = torch.randn(len(blocks), 2, num_kv_heads, block_size, head_dim, device=device, dtype=dtype)
-    kv = clean.clone()
-    kv.transpose(1, 3)[~used.to(device)] = float("nan")
-    query = torch.randn(sum(query_lens), num_heads, head_dim, device=device, dtype=dtype)
-    inputs = (
-        tables.to(device),
-        torch.tensor([0, *query_lens], device=device).cumsum(0).int(),
-        torch.tensor(context_lens, device=device, dtype=torch.int32),
+    batch = RaggedQueries.make(
+        rows,
+        num_heads=num_heads,
+        num_kv_heads=num_kv_heads,
+        head_dim=head_dim,
+        block_size=block_size,
+        device=device,
+        dtype=dtype,
     )
-    num_tiles = sum(query_lens) // (BLOCK_M // (num_heads // num_kv_heads)) + len(rows)
+    num_tiles = len(batch.query) // (BLOCK_M // (num_heads // num_kv_heads)) + len(rows)
     section = Section(0, len(rows), num_tiles, 1, 0, False, tiling(BLOCK_M, head_dim), None, None, None)
     scales = {"scale": head_dim**-0.5, "value_scale": 0.5}
-    expected = paged_attention_reference(query, clean, *inputs, **scales)
+    expected = paged_attention_reference(batch.query, batch.kv, *batch.rows, **scales)
     for _ in range(3):  # a race would not come out the same
-        out = torch.full((sum(query_lens), num_heads * head_dim), float("nan"), device=device, dtype=dtype)
-        prefill_attention(out, query, kv, *inputs, section, **scales)
+        out = torch.full((len(batch.query), num_heads * head_dim), float("nan"), device=device, dtype=dtype)
+        prefill_attention(out, batch.query, batch.spoiled, *batch.rows, section, **scales)
         torch.testing.assert_close(out.float(), expected, atol=1e-2, rtol=1e-2)

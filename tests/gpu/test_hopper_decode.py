@@ -9,6 +9,8 @@ import torch
 
 pytest.importorskip("triton")
 
+from tests.paging import RaggedQueries
+
 from octavo_kernels.attention import Heads, Planner, paged_attention_reference
 from octavo_kernels.hopper_decode import decode_attention, serves, tiling
 
@@ -50,35 +52,21 @@ def test_attends(
     """Rows are (query length, context length)."""
     device, head_dim = torch.device("cuda"), 128
     torch.manual_seed(0)
-    query_lens, context_lens = zip(*rows, strict=True)
-    counts = [-(-length // block_size) for length in context_lens]
-    blocks = torch.randperm(sum(counts) + 2)
-    tables = torch.zeros(len(rows), max(counts) + 1, dtype=torch.int32)
-    used = torch.zeros(len(blocks), block_size, dtype=torch.bool)
-    for row, (count, mine) in enumerate(zip(counts, blocks[: sum(counts)].split(counts), strict=True)):
-        tables[row, :count] = mine
-        used[mine] = (torch.arange(count * block_size) < context_lens[row]).view(count, block_size)
-    clean = torch.randn(len(blocks), 2, num_kv_heads, block_size, head_dim, device=device, dtype=dtype)
-    kv = clean.clone()
-    kv.transpose(1, 3)[~used.to(device)] = float("nan")
-    query = torch.randn(sum(query_lens), num_heads, head_dim, device=device, dtype=dtype)
-    inputs = (
-        tables.to(device),
-        torch.tensor([0, *query_lens], device=device).cumsum(0).int(),
-        torch.tensor(context_lens, device=device, dtype=torch.int32),
+    batch = RaggedQueries.make(
+        rows,
+        num_heads=num_heads,
+        num_kv_heads=num_kv_heads,
+        head_dim=head_dim,
+        block_size=block_size,
+        device=device,
+        dtype=dtype,
     )
-    (section,) = Planner(Heads(num_heads, num_kv_heads, head_dim), tiling=tiling).plan(
-        inputs[2],
-        num_rows=len(rows),
-        num_tokens=sum(query_lens),
-        num_decodes=len(rows) if max(query_lens) == 1 else 0,
-        max_query_len=max(query_lens),
-        max_seq_len=4096,
-    )
+    planner = Planner(Heads(num_heads, num_kv_heads, head_dim), tiling=tiling)
+    (section,) = planner.plan(batch.seq_lens, **batch.counts, max_seq_len=4096)
     assert serves(section)
     scales = {"scale": head_dim**-0.5, "value_scale": 0.5}
-    expected = paged_attention_reference(query, clean, *inputs, **scales)
+    expected = paged_attention_reference(batch.query, batch.kv, *batch.rows, **scales)
     for _ in range(3):  # a race would not come out the same
-        out = torch.full((sum(query_lens), num_heads * head_dim), float("nan"), device=device, dtype=dtype)
-        decode_attention(out, query, kv, *inputs, section, **scales)
+        out = torch.full((len(batch.query), num_heads * head_dim), float("nan"), device=device, dtype=dtype)
+        decode_attention(out, batch.query, batch.spoiled, *batch.rows, section, **scales)
         torch.testing.assert_close(out.float(), expected, atol=1e-2, rtol=1e-2)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+from tests.paging import RaggedQueries
 
 from octavo_kernels.attention import Heads, Planner, paged_attention, paged_attention_reference
 
@@ -27,22 +28,17 @@ class Case:
 
     def run(self, device: torch.device, dtype: torch.dtype = torch.float16) -> tuple[torch.Tensor, torch.Tensor]:
         """The kernel's output and the reference's."""
-        query_lens = [query_len for query_len, _ in self.rows]
-        context_lens = [context_len for _, context_len in self.rows]
-        blocks_per_row = [-(-length // self.block_size) for length in context_lens]
-        order = torch.randperm(sum(blocks_per_row) + 3)
-        tables = torch.zeros(len(self.rows), max(blocks_per_row) + 1, dtype=torch.int32)
-        taken = 0
-        for row, count in enumerate(blocks_per_row):
-            tables[row, :count] = order[taken : taken + count]
-            taken += count
-        query = torch.randn(sum(query_lens), self.num_heads, self.head_dim, device=device, dtype=dtype)
-        shape = (len(order), 2, self.num_kv_heads, self.block_size, self.head_dim)
-        kv = torch.randn(shape, device=device, dtype=dtype)
-        if self.eight_bit:
-            kv = kv.to(torch.float8_e4m3fn)
-        starts = torch.tensor([0, *query_lens], device=device).cumsum(0).int()
-        inputs = (query, kv, tables.to(device), starts, torch.tensor(context_lens, device=device, dtype=torch.int32))
+        heads = Heads(self.num_heads, self.num_kv_heads, self.head_dim)
+        batch = RaggedQueries.make(
+            self.rows,
+            num_heads=self.num_heads,
+            num_kv_heads=self.num_kv_heads,
+            head_dim=self.head_dim,
+            block_size=self.block_size,
+            device=device,
+            dtype=dtype,
+        )
+        inputs = (batch.query, batch.kv.to(torch.float8_e4m3fn) if self.eight_bit else batch.kv, *batch.rows)
         settings = {
             "scale": self.head_dim**-0.5,
             "window": self.window,
@@ -50,17 +46,8 @@ class Case:
             "key_scale": 0.5 if self.eight_bit else 1.0,
             "value_scale": 0.25 if self.eight_bit else 1.0,
         }
-        num_decodes = next((i for i, length in enumerate(query_lens) if length != 1), len(query_lens))
-        sections = Planner(
-            Heads(self.num_heads, self.num_kv_heads, self.head_dim), batch_invariant=self.batch_invariant
-        ).plan(
-            inputs[4],
-            num_rows=len(self.rows),
-            num_tokens=sum(query_lens),
-            num_decodes=num_decodes,
-            max_query_len=max(query_lens),
-            max_seq_len=max(context_lens),
-        )
+        planner = Planner(heads, batch_invariant=self.batch_invariant)
+        sections = planner.plan(batch.seq_lens, **batch.counts, max_seq_len=max(context for _, context in self.rows))
         out = paged_attention(*inputs, sections, **settings)
         assert all(section.arrivals is None or not section.arrivals.any() for section in sections)
         return out.float(), paged_attention_reference(*inputs, **settings)

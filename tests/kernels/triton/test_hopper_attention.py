@@ -20,6 +20,7 @@ from typing import Any
 
 import pytest
 import torch
+from tests.paging import RaggedQueries
 from torch import Tensor
 
 from octavo.interfaces import AttentionNeed
@@ -302,34 +303,29 @@ def test_attends_with_warps_as_threads(
     """Rows are (query length, context length); whatever no sequence holds is no number."""
     random.seed(0)
     block_size, head_dim = 16, 128
-    query_lens, context_lens = zip(*rows, strict=True)
-    counts = [-(-length // block_size) for length in context_lens]
-    blocks = torch.randperm(sum(counts) + 2)
-    kv = torch.randn(len(blocks), 2, num_kv_heads, block_size, head_dim)
-    tables = torch.zeros(len(rows), max(counts) + 1, dtype=torch.int32)
-    used = torch.zeros(len(blocks), block_size, dtype=torch.bool)
-    for row, (count, mine) in enumerate(zip(counts, blocks[: sum(counts)].split(counts), strict=True)):
-        tables[row, :count] = mine
-        used[mine] = (torch.arange(count * block_size) < context_lens[row]).view(count, block_size)
-    clean = kv.clone()
-    kv.transpose(1, 3)[~used] = float("nan")
-    query = torch.randn(sum(query_lens), num_heads, head_dim)
-    starts = torch.tensor([0, *query_lens]).cumsum(0)
-    lens = torch.tensor(context_lens)
-    out = torch.full((sum(query_lens) * num_heads * head_dim,), float("nan"))
+    batch = RaggedQueries.make(
+        rows,
+        num_heads=num_heads,
+        num_kv_heads=num_kv_heads,
+        head_dim=head_dim,
+        block_size=block_size,
+        device=torch.device("cpu"),
+        dtype=torch.float32,
+    )
+    out = torch.full((batch.query.numel(),), float("nan"))
 
     emulator = Emulator()
     emulator.stand_in(monkeypatch, hopper_attention)
     group = num_heads // num_kv_heads
-    num_tiles = sum(query_lens) // (hopper_attention.BLOCK_M // group) + len(rows)
+    num_tiles = len(batch.query) // (hopper_attention.BLOCK_M // group) + len(rows)
     scale = head_dim**-0.5
     emulator.run(
-        hopper_attention._prefill_attention, (num_kv_heads, num_tiles), Pointer(out), Pointer(query.flatten()),
-        kv.view(-1, head_dim), Pointer(tables.long().flatten()), Pointer(starts), Pointer(lens),
-        tables.stride(0), _scalar(0), len(rows), scale * LOG2_E, 0.5, num_kv_heads, group, head_dim, block_size,
-        hopper_attention.BLOCK_M, hopper_attention.BLOCK_N, hopper_attention.STAGES, 0, 0, False,
+        hopper_attention._prefill_attention, (num_kv_heads, num_tiles), Pointer(out), Pointer(batch.query.flatten()),
+        batch.spoiled.view(-1, head_dim), *(Pointer(part.long().flatten()) for part in batch.rows),
+        batch.block_tables.stride(0), _scalar(0), len(rows), scale * LOG2_E, 0.5, num_kv_heads, group, head_dim,
+        block_size, hopper_attention.BLOCK_M, hopper_attention.BLOCK_N, hopper_attention.STAGES, 0, 0, False,
     )  # fmt: skip
-    reference = paged_attention_reference(query, clean, tables, starts, lens, scale=scale, value_scale=0.5)
+    reference = paged_attention_reference(batch.query, batch.kv, *batch.rows, scale=scale, value_scale=0.5)
     torch.testing.assert_close(out.view_as(reference), reference, atol=1e-5, rtol=1e-5)
 
 

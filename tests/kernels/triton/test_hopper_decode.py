@@ -12,6 +12,7 @@ import torch
 pytest.importorskip("triton.experimental.gluon.language.nvidia.hopper")
 
 from tests.kernels.triton.test_hopper_attention import Emulator, Pointer, _scalar
+from tests.paging import RaggedQueries
 
 from octavo.interfaces import AttentionNeed
 from octavo_kernels import hopper_attention, hopper_backend, hopper_decode
@@ -37,44 +38,33 @@ def test_attends_with_warps_as_threads(
 ) -> None:
     """Rows are (query length, context length); whatever no sequence holds is no number."""
     random.seed(0)
-    torch.manual_seed(0)
     head_dim, group = 128, num_heads // num_kv_heads
-    query_lens, context_lens = zip(*rows, strict=True)
-    counts = [-(-length // block_size) for length in context_lens]
-    blocks = torch.randperm(sum(counts) + 2)
-    kv = torch.randn(len(blocks), 2, num_kv_heads, block_size, head_dim)
-    tables = torch.zeros(len(rows), max(counts) + 1, dtype=torch.int32)
-    used = torch.zeros(len(blocks), block_size, dtype=torch.bool)
-    for row, (count, mine) in enumerate(zip(counts, blocks[: sum(counts)].split(counts), strict=True)):
-        tables[row, :count] = mine
-        used[mine] = (torch.arange(count * block_size) < context_lens[row]).view(count, block_size)
-    clean = kv.clone()
-    kv.transpose(1, 3)[~used] = float("nan")
-    query = torch.randn(sum(query_lens), num_heads, head_dim)
-    starts = torch.tensor([0, *query_lens]).cumsum(0)
-    lens = torch.tensor(context_lens)
-    (section,) = Planner(Heads(num_heads, num_kv_heads, head_dim), tiling=hopper_decode.tiling).plan(
-        lens.int(),
-        num_rows=len(rows),
-        num_tokens=sum(query_lens),
-        num_decodes=len(rows) if max(query_lens) == 1 else 0,
-        max_query_len=max(query_lens),
-        max_seq_len=1024,
+    batch = RaggedQueries.make(
+        rows,
+        num_heads=num_heads,
+        num_kv_heads=num_kv_heads,
+        head_dim=head_dim,
+        block_size=block_size,
+        device=torch.device("cpu"),
+        dtype=torch.float32,
     )
+    planner = Planner(Heads(num_heads, num_kv_heads, head_dim), tiling=hopper_decode.tiling)
+    (section,) = planner.plan(batch.seq_lens.to(device), **batch.counts, max_seq_len=1024)
     assert hopper_decode.serves(section)
 
     emulator = Emulator()
     emulator.stand_in(monkeypatch, hopper_attention, hopper_decode)
     scale = head_dim**-0.5
-    expected = paged_attention_reference(query, clean, tables, starts, lens, scale=scale, value_scale=0.5)
+    expected = paged_attention_reference(batch.query, batch.kv, *batch.rows, scale=scale, value_scale=0.5)
+    scratch = _scratch(section)
     for _ in range(2):  # the second finds the counters as the first left them
-        out = torch.full((sum(query_lens) * num_heads * head_dim,), float("nan"))
+        out = torch.full((batch.query.numel(),), float("nan"))
         emulator.run(
             hopper_decode._decode_attention, (num_kv_heads, section.num_tiles, section.num_splits), Pointer(out),
-            *_scratch(section), Pointer(query.flatten()), kv.view(-1, head_dim), Pointer(tables.long().flatten()),
-            Pointer(starts), Pointer(lens), tables.stride(0), _scalar(0), scale * LOG2_E, 0.5,
-            _scalar(section.num_splits), num_kv_heads, group, head_dim, block_size, section.tiling.block_m,
-            section.tiling.block_n, section.partial is not None, section.items is not None,
+            *scratch, Pointer(batch.query.flatten()), batch.spoiled.view(-1, head_dim),
+            *(Pointer(part.long().flatten()) for part in batch.rows), batch.block_tables.stride(0), _scalar(0),
+            scale * LOG2_E, 0.5, _scalar(section.num_splits), num_kv_heads, group, head_dim, block_size,
+            section.tiling.block_m, section.tiling.block_n, section.partial is not None, section.items is not None,
             section.tiling.num_stages, 0, False,
         )  # fmt: skip
         torch.testing.assert_close(out.view_as(expected), expected, atol=1e-5, rtol=1e-5)
@@ -84,7 +74,7 @@ def _scratch(section: Section) -> list[Pointer]:
     """Partial results, their statistics, arrivals, the items' rows and each row's first item."""
     items = None if section.items is None else (section.items.rows, section.items.first)
     parts = (section.partial, section.statistics, section.arrivals, *(items or (None, None)))
-    return [Pointer(torch.zeros(1) if part is None else part.flatten()) for part in parts]
+    return [Pointer(torch.zeros(1) if part is None else part.flatten().cpu()) for part in parts]
 
 
 def test_each_section_goes_to_its_kernel(monkeypatch: pytest.MonkeyPatch, device: torch.device) -> None:
@@ -112,13 +102,13 @@ def test_each_section_goes_to_its_kernel(monkeypatch: pytest.MonkeyPatch, device
         calls.clear()
 
 
-def test_rows_that_are_too_high_are_left_to_others() -> None:
+def test_rows_that_are_too_high_are_left_to_others(device: torch.device) -> None:
     planner = Planner(Heads(32, 8, 128), split_prompts=False, tiling=hopper_decode.tiling)
 
     def plan(num_decodes: int, num_prompts: int, query_len: int) -> list[bool]:
         rows = num_decodes + num_prompts
         sections = planner.plan(
-            torch.tensor([500] * rows, dtype=torch.int32),
+            torch.tensor([500] * rows, dtype=torch.int32, device=device),
             num_rows=rows,
             num_tokens=num_decodes + num_prompts * query_len,
             num_decodes=num_decodes,

@@ -19,7 +19,7 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warp
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from octavo_kernels.launch import describe, missing_hopper
-from octavo_kernels.linear import SkinnyLinear
+from octavo_kernels.linear import MAX_TOKENS, SkinnyLinear
 
 PART_ROWS = 64
 """Tokens of a tile that a group of four warps multiplies by all of its weights."""
@@ -230,7 +230,7 @@ def multiply_gated(x: Tensor, weight: Tensor, tile: GatedTiling) -> Tensor:
 
 
 class HopperLinear(SkinnyLinear):
-    """The operation ``linear``: with many tokens it gates its own output and adds it to a residual
+    """The operation ``linear``: with few tokens and with many it gates its own output, with many it adds to a residual
     (:class:`octavo.interfaces.GatesOutput`, :class:`octavo.interfaces.AddsOutput`)."""
 
     MIN_ROUNDS = 6
@@ -250,6 +250,8 @@ class HopperLinear(SkinnyLinear):
     def apply_gated(self, x: Tensor) -> Tensor | None:
         """x [num_tokens, in_features] -> [num_tokens, out_features / 2]; None: two kernels take less time."""
         num_tokens = x.shape[0]
+        if num_tokens <= MAX_TOKENS:
+            return self.gate_few(x)
         tile = gated_tiling(num_tokens)
         num_tiles = triton.cdiv(num_tokens, tile.block_m) * (self.weight.shape[0] // (2 * BLOCK_N))
         if not self._gates or num_tiles < self.MIN_ROUNDS * self._device.num_processors:

@@ -23,6 +23,13 @@ MAX_TOKENS = 64
 
 
 @triton.jit
+def _gate(gate, up, dtype: tl.constexpr):
+    """``silu(gate) * up``, rounded as a product that is written and an activation that reads it would round."""
+    gate = gate.to(dtype).to(tl.float32)
+    return (gate / (1.0 + tl.exp(-gate))).to(dtype) * up.to(dtype)
+
+
+@triton.jit
 def _one_token(
     out_ptr,
     x_ptr,
@@ -32,11 +39,16 @@ def _one_token(
     K: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    GATED: tl.constexpr,
     BIAS: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Program: BLOCK_N outputs. The weights of the next step are on their way while this one is added up."""
-    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    """Program: BLOCK_N outputs; GATED: one, of a row of gate and one of up. The weights of the next step are on their
+    way while this one is added up."""
+    if GATED:
+        n = tl.program_id(0) + tl.arange(0, 2) * (num_rows // 2)
+    else:
+        n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     k = tl.arange(0, BLOCK_K)
     inside = (n < num_rows)[:, None]
     pointers = weight_ptr + n[:, None].to(tl.int64) * K + k[None, :]
@@ -53,9 +65,14 @@ def _one_token(
         total += weight.to(tl.float32) * x[None, :]
         weight = following
     result = tl.sum(total, axis=1)
-    if BIAS:
-        result += tl.load(bias_ptr + n, mask=n < num_rows, other=0.0).to(tl.float32)
-    tl.store(out_ptr + n, result.to(out_ptr.dtype.element_ty), mask=n < num_rows)
+    if GATED:
+        is_gate = tl.arange(0, 2) == 0
+        gate, up = tl.sum(tl.where(is_gate, result, 0.0)), tl.sum(tl.where(is_gate, 0.0, result))
+        tl.store(out_ptr + tl.program_id(0), _gate(gate, up, out_ptr.dtype.element_ty))
+    else:
+        if BIAS:
+            result += tl.load(bias_ptr + n, mask=n < num_rows, other=0.0).to(tl.float32)
+        tl.store(out_ptr + n, result.to(out_ptr.dtype.element_ty), mask=n < num_rows)
 
 
 @triton.jit(do_not_specialize=["num_tokens"])
@@ -74,14 +91,20 @@ def _few_tokens(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     NUM_SPLITS: tl.constexpr,
+    GATED: tl.constexpr,
     BIAS: tl.constexpr,
     STAGES: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Program (BLOCK_N outputs, split of the input)."""
+    """Program (BLOCK_N outputs, split of the input); GATED: half as many, of as many rows of gate and of up."""
     tile = tl.program_id(0)
     split = tl.program_id(1)
-    n = tile * BLOCK_N + tl.arange(0, BLOCK_N)
+    HALF: tl.constexpr = BLOCK_N // 2
+    if GATED:
+        row = tl.arange(0, BLOCK_N)
+        n = row // HALF * (num_rows // 2) + tile * HALF + row % HALF
+    else:
+        n = tile * BLOCK_N + tl.arange(0, BLOCK_N)
     m = tl.arange(0, BLOCK_M)
     k = tl.arange(0, BLOCK_K)
     steps: tl.constexpr = (K + BLOCK_K - 1) // BLOCK_K
@@ -105,6 +128,12 @@ def _few_tokens(
             weight = tl.load(weights + start, mask=(start + k < K)[None, :], other=0.0, eviction_policy="evict_first")
             x = tl.load(inputs + start, mask=there & (start + k < K)[:, None], other=0.0)
         total = tl.dot(weight, x, total)
+    if GATED:
+        gate, up = tl.split(tl.permute(tl.reshape(total, (2, HALF, BLOCK_M)), (1, 2, 0)))
+        column = tile * HALF + tl.arange(0, HALF)
+        offsets = m[None, :] * (num_rows // 2) + column[:, None]
+        tl.store(out_ptr + offsets, _gate(gate, up, out_ptr.dtype.element_ty), mask=there)
+        return
     out_offsets = m[None, :] * num_rows + n[:, None]
     out_mask = there & (n < num_rows)[:, None]
     if NUM_SPLITS > 1:
@@ -211,19 +240,34 @@ class SkinnyLinear:
         out_features, in_features = self.weight.shape
         return few_tokens_tiling(in_features, out_features, num_tokens)
 
-    def _apply_one(self, x: Tensor) -> Tensor:
+    def gate_few(self, x: Tensor) -> Tensor | None:
+        """x [num_tokens, in_features], at most ``MAX_TOKENS`` -> ``silu(gate) * up`` [num_tokens, out_features / 2] of
+        outputs that are gates first; None: this layer's kernels cannot."""
+        num_tokens, out_features = x.shape[0], self.weight.shape[0]
+        if self.bias is not None or out_features % 2 or num_tokens == 0:
+            return None
+        if num_tokens == 1:
+            return self._apply_one(x, gated=True)
+        tile = self.few(num_tokens)
+        if tile.num_splits > 1 or out_features % tile.block_n:
+            return None
+        return self._apply_few(x, gated=True)
+
+    def _apply_one(self, x: Tensor, gated: bool = False) -> Tensor:
         out_features, in_features = self.weight.shape
-        out = torch.empty((1, out_features), dtype=x.dtype, device=x.device)
+        num_outputs = out_features // 2 if gated else out_features
+        out = torch.empty((1, num_outputs), dtype=x.dtype, device=x.device)
         tile = self.one
-        _one_token[(triton.cdiv(out_features, tile.block_n),)](
+        _one_token[(num_outputs if gated else triton.cdiv(num_outputs, tile.block_n),)](
             out,
             x,
             self.weight,
             x if self.bias is None else self.bias,
             out_features,
             K=in_features,
-            BLOCK_N=tile.block_n,
+            BLOCK_N=2 if gated else tile.block_n,
             BLOCK_K=tile.block_k,
+            GATED=gated,
             BIAS=self.bias is not None,
             PDL=self._device.dependent_launch,
             num_warps=tile.num_warps,
@@ -231,9 +275,10 @@ class SkinnyLinear:
         )
         return out
 
-    def _apply_few(self, x: Tensor) -> Tensor:
+    def _apply_few(self, x: Tensor, gated: bool = False) -> Tensor:
         out_features, in_features = self.weight.shape
-        out = torch.empty((x.shape[0], out_features), dtype=x.dtype, device=x.device)
+        num_outputs = out_features // 2 if gated else out_features
+        out = torch.empty((x.shape[0], num_outputs), dtype=x.dtype, device=x.device)
         tile = self.few(x.shape[0])
         tiles, block_m = triton.cdiv(out_features, tile.block_n), max(16, power_of_two(x.shape[0]))
         partial = out
@@ -254,6 +299,7 @@ class SkinnyLinear:
             BLOCK_N=tile.block_n,
             BLOCK_K=tile.block_k,
             NUM_SPLITS=tile.num_splits,
+            GATED=gated,
             BIAS=self.bias is not None,
             STAGES=tile.num_stages,
             PDL=self._device.dependent_launch,

@@ -109,13 +109,13 @@ print(json.dumps({
     "decode_hopper, one row": attend_hopper(4, False),
     "verification_hopper": attend_hopper(20, True),
     "one_token": compile(linear._one_token, one.num_warps, dict(
-        K=4096, BLOCK_N=one.block_n, BLOCK_K=one.block_k, BIAS=False, PDL=True)),
+        K=4096, BLOCK_N=one.block_n, BLOCK_K=one.block_k, GATED=False, BIAS=False, PDL=True)),
     "few_tokens": compile(linear._few_tokens, few.num_warps, dict(
-        K=4096, BLOCK_M=16, BLOCK_N=few.block_n, BLOCK_K=few.block_k, NUM_SPLITS=few.num_splits, BIAS=False,
-        STAGES=few.num_stages, PDL=True)),
+        K=4096, BLOCK_M=16, BLOCK_N=few.block_n, BLOCK_K=few.block_k, NUM_SPLITS=few.num_splits, GATED=False,
+        BIAS=False, STAGES=few.num_stages, PDL=True)),
     "few_tokens, wide": compile(linear._few_tokens, wide.num_warps, dict(
-        K=4096, BLOCK_M=64, BLOCK_N=wide.block_n, BLOCK_K=wide.block_k, NUM_SPLITS=wide.num_splits, BIAS=False,
-        STAGES=wide.num_stages, PDL=True)),
+        K=4096, BLOCK_M=64, BLOCK_N=wide.block_n, BLOCK_K=wide.block_k, NUM_SPLITS=wide.num_splits, GATED=True,
+        BIAS=False, STAGES=wide.num_stages, PDL=True)),
     "rms_norm": compile(
         norm._rms_norm, 8, dict(SIZE=4096, BLOCK=4096, ADD=True, ROUND=False, REORDERED=False, PDL=True)),
     "rms_norm_rounded": compile(norm._rms_norm, 8, dict(

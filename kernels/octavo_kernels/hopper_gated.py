@@ -230,7 +230,7 @@ def multiply_gated(x: Tensor, weight: Tensor, tile: GatedTiling) -> Tensor:
 
 
 class HopperLinear(SkinnyLinear):
-    """The operation ``linear``: with few tokens and with many it gates its own output, with many it adds to a residual
+    """The operation ``linear``: with many tokens too it gates its own output, and adds it to a residual
     (:class:`octavo.interfaces.GatesOutput`, :class:`octavo.interfaces.AddsOutput`)."""
 
     MIN_ROUNDS = 6
@@ -251,7 +251,7 @@ class HopperLinear(SkinnyLinear):
         """x [num_tokens, in_features] -> [num_tokens, out_features / 2]; None: two kernels take less time."""
         num_tokens = x.shape[0]
         if num_tokens <= MAX_TOKENS:
-            return self.gate_few(x)
+            return super().apply_gated(x)
         tile = gated_tiling(num_tokens)
         num_tiles = triton.cdiv(num_tokens, tile.block_m) * (self.weight.shape[0] // (2 * BLOCK_N))
         if not self._gates or num_tiles < self.MIN_ROUNDS * self._device.num_processors:

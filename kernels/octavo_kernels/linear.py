@@ -201,7 +201,8 @@ def few_tokens_tiling(in_features: int, out_features: int, num_tokens: int) -> F
 
 
 class SkinnyLinear:
-    """The operation ``linear`` for a plain weight [out_features, in_features] in bfloat16 or float16."""
+    """The operation ``linear`` for a plain weight [out_features, in_features] in bfloat16 or float16; it gates its own
+    output of few tokens (:class:`octavo.interfaces.GatesOutput`)."""
 
     def __init__(self, need: Any, weight: Tensor, bias: Tensor | None) -> None:
         self.weight = weight.contiguous()
@@ -232,6 +233,18 @@ class SkinnyLinear:
             return self._apply_few(x)
         return F.linear(x, self.weight, self.bias)
 
+    def apply_gated(self, x: Tensor) -> Tensor | None:
+        """x [num_tokens, in_features] -> ``silu(gate) * up`` [num_tokens, out_features / 2]; None: this takes two."""
+        num_tokens, out_features = x.shape[0], self.weight.shape[0]
+        if self.bias is not None or out_features % 2:
+            return None
+        if num_tokens == 1:
+            return self._apply_one(x, gated=True)
+        tile = self.few(num_tokens)
+        if not 1 < num_tokens <= MAX_TOKENS or tile.num_splits > 1 or out_features % tile.block_n:
+            return None
+        return self._apply_few(x, gated=True)
+
     def num_bytes(self) -> int:
         return sum(tensor.nbytes for tensor in (self.weight, self.bias) if tensor is not None)
 
@@ -239,19 +252,6 @@ class SkinnyLinear:
         """The tile for so many tokens."""
         out_features, in_features = self.weight.shape
         return few_tokens_tiling(in_features, out_features, num_tokens)
-
-    def gate_few(self, x: Tensor) -> Tensor | None:
-        """x [num_tokens, in_features], at most ``MAX_TOKENS`` -> ``silu(gate) * up`` [num_tokens, out_features / 2] of
-        outputs that are gates first; None: this layer's kernels cannot."""
-        num_tokens, out_features = x.shape[0], self.weight.shape[0]
-        if self.bias is not None or out_features % 2 or num_tokens == 0:
-            return None
-        if num_tokens == 1:
-            return self._apply_one(x, gated=True)
-        tile = self.few(num_tokens)
-        if tile.num_splits > 1 or out_features % tile.block_n:
-            return None
-        return self._apply_few(x, gated=True)
 
     def _apply_one(self, x: Tensor, gated: bool = False) -> Tensor:
         out_features, in_features = self.weight.shape

@@ -41,7 +41,7 @@ def test_few_tokens_are_gated_by_the_product(device: torch.device, num_tokens: i
     weight = torch.randn(16384, 48, device=device).half() / 48**0.5
     x = torch.randn(num_tokens, 48, device=device).half()
     layer = SkinnyLinear(LinearNeed(device, torch.float16, 48, 16384), weight, None)
-    gated = layer.gate_few(x)
+    gated = layer.apply_gated(x)
     assert gated is not None
     torch.testing.assert_close(gated.float(), silu_and_mul_reference(linear_reference(x, weight)), atol=4e-3, rtol=4e-3)
 
@@ -57,7 +57,7 @@ def test_what_it_cannot_gate_is_left_to_an_activation(
     weight = torch.zeros(out_features, in_features, device=device).half()
     bias = torch.zeros(out_features, device=device).half() if with_bias else None
     layer = SkinnyLinear(LinearNeed(device, torch.float16, in_features, out_features), weight, bias)
-    assert layer.gate_few(torch.zeros(num_tokens, in_features, device=device).half()) is None
+    assert layer.apply_gated(torch.zeros(num_tokens, in_features, device=device).half()) is None
 
 
 @pytest.mark.parametrize("num_tokens", [16, 17, MAX_TOKENS])

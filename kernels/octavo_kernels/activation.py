@@ -17,6 +17,13 @@ BLOCK = 1024
 
 
 @triton.jit
+def gated(gate, up, dtype: tl.constexpr):
+    """``silu(gate) * up``, silu in float32: operands and silu are rounded to ``dtype``, which is the result's."""
+    gate = gate.to(dtype).to(tl.float32)
+    return (gate / (1.0 + tl.exp(-gate))).to(dtype) * up.to(dtype)
+
+
+@triton.jit
 def _silu_and_mul(
     out_ptr,
     scales_ptr,
@@ -35,13 +42,13 @@ def _silu_and_mul(
     if PDL:
         gdc_launch_dependents()
         gdc_wait()
-    gate = tl.load(gate_up_ptr + row * stride + columns, mask=mask, other=0.0).to(tl.float32)
+    gate = tl.load(gate_up_ptr + row * stride + columns, mask=mask, other=0.0)
     up = tl.load(gate_up_ptr + row * stride + SIZE + columns, mask=mask, other=0.0)
-    silu = (gate / (1.0 + tl.exp(-gate))).to(gate_up_ptr.dtype.element_ty)
+    result = gated(gate, up, gate_up_ptr.dtype.element_ty)
     if ROUND:
-        store_rounded(out_ptr + row * SIZE, scales_ptr + row, silu * up, columns, mask, REORDERED)
+        store_rounded(out_ptr + row * SIZE, scales_ptr + row, result, columns, mask, REORDERED)
     else:
-        tl.store(out_ptr + row * SIZE + columns, silu * up, mask=mask)
+        tl.store(out_ptr + row * SIZE + columns, result, mask=mask)
 
 
 def silu_and_mul(gate_up: Tensor, form: TokenRounding | None = None) -> Tensor:

@@ -17,16 +17,10 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from octavo_kernels.activation import gated
 from octavo_kernels.launch import describe, missing_device, power_of_two
 
 MAX_TOKENS = 64
-
-
-@triton.jit
-def _gate(gate, up, dtype: tl.constexpr):
-    """``silu(gate) * up``, rounded as a product that is written and an activation that reads it would round."""
-    gate = gate.to(dtype).to(tl.float32)
-    return (gate / (1.0 + tl.exp(-gate))).to(dtype) * up.to(dtype)
 
 
 @triton.jit
@@ -39,16 +33,11 @@ def _one_token(
     K: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
-    GATED: tl.constexpr,
     BIAS: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Program: BLOCK_N outputs; GATED: one, of a row of gate and one of up. The weights of the next step are on their
-    way while this one is added up."""
-    if GATED:
-        n = tl.program_id(0) + tl.arange(0, 2) * (num_rows // 2)
-    else:
-        n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    """Program: BLOCK_N outputs. The weights of the next step are on their way while this one is added up."""
+    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     k = tl.arange(0, BLOCK_K)
     inside = (n < num_rows)[:, None]
     pointers = weight_ptr + n[:, None].to(tl.int64) * K + k[None, :]
@@ -65,14 +54,9 @@ def _one_token(
         total += weight.to(tl.float32) * x[None, :]
         weight = following
     result = tl.sum(total, axis=1)
-    if GATED:
-        is_gate = tl.arange(0, 2) == 0
-        gate, up = tl.sum(tl.where(is_gate, result, 0.0)), tl.sum(tl.where(is_gate, 0.0, result))
-        tl.store(out_ptr + tl.program_id(0), _gate(gate, up, out_ptr.dtype.element_ty))
-    else:
-        if BIAS:
-            result += tl.load(bias_ptr + n, mask=n < num_rows, other=0.0).to(tl.float32)
-        tl.store(out_ptr + n, result.to(out_ptr.dtype.element_ty), mask=n < num_rows)
+    if BIAS:
+        result += tl.load(bias_ptr + n, mask=n < num_rows, other=0.0).to(tl.float32)
+    tl.store(out_ptr + n, result.to(out_ptr.dtype.element_ty), mask=n < num_rows)
 
 
 @triton.jit(do_not_specialize=["num_tokens"])
@@ -132,7 +116,7 @@ def _few_tokens(
         gate, up = tl.split(tl.permute(tl.reshape(total, (2, HALF, BLOCK_M)), (1, 2, 0)))
         column = tile * HALF + tl.arange(0, HALF)
         offsets = m[None, :] * (num_rows // 2) + column[:, None]
-        tl.store(out_ptr + offsets, _gate(gate, up, out_ptr.dtype.element_ty), mask=there)
+        tl.store(out_ptr + offsets, gated(gate, up, out_ptr.dtype.element_ty), mask=there)
         return
     out_offsets = m[None, :] * num_rows + n[:, None]
     out_mask = there & (n < num_rows)[:, None]
@@ -234,16 +218,12 @@ class SkinnyLinear:
         return F.linear(x, self.weight, self.bias)
 
     def apply_gated(self, x: Tensor) -> Tensor | None:
-        """x [num_tokens, in_features] -> ``silu(gate) * up`` [num_tokens, out_features / 2]; None: this takes two."""
+        """x [num_tokens, in_features] -> ``silu(gate) * up`` [num_tokens, out_features / 2]; None: two kernels take no
+        longer, as for one token, or have to."""
         num_tokens, out_features = x.shape[0], self.weight.shape[0]
-        if self.bias is not None or out_features % 2:
-            return None
-        if num_tokens == 1:
-            return self._apply_one(x, gated=True)
         tile = self.few(num_tokens)
-        if not 1 < num_tokens <= MAX_TOKENS or tile.num_splits > 1 or out_features % tile.block_n:
-            return None
-        return self._apply_few(x, gated=True)
+        whole = tile.num_splits == 1 and out_features % tile.block_n == 0 and self.bias is None
+        return self._apply_few(x, gated=True) if whole and 1 < num_tokens <= MAX_TOKENS else None
 
     def num_bytes(self) -> int:
         return sum(tensor.nbytes for tensor in (self.weight, self.bias) if tensor is not None)
@@ -253,21 +233,19 @@ class SkinnyLinear:
         out_features, in_features = self.weight.shape
         return few_tokens_tiling(in_features, out_features, num_tokens)
 
-    def _apply_one(self, x: Tensor, gated: bool = False) -> Tensor:
+    def _apply_one(self, x: Tensor) -> Tensor:
         out_features, in_features = self.weight.shape
-        num_outputs = out_features // 2 if gated else out_features
-        out = torch.empty((1, num_outputs), dtype=x.dtype, device=x.device)
+        out = torch.empty((1, out_features), dtype=x.dtype, device=x.device)
         tile = self.one
-        _one_token[(num_outputs if gated else triton.cdiv(num_outputs, tile.block_n),)](
+        _one_token[(triton.cdiv(out_features, tile.block_n),)](
             out,
             x,
             self.weight,
             x if self.bias is None else self.bias,
             out_features,
             K=in_features,
-            BLOCK_N=2 if gated else tile.block_n,
+            BLOCK_N=tile.block_n,
             BLOCK_K=tile.block_k,
-            GATED=gated,
             BIAS=self.bias is not None,
             PDL=self._device.dependent_launch,
             num_warps=tile.num_warps,

@@ -109,7 +109,7 @@ print(json.dumps({
     "decode_hopper, one row": attend_hopper(4, False),
     "verification_hopper": attend_hopper(20, True),
     "one_token": compile(linear._one_token, one.num_warps, dict(
-        K=4096, BLOCK_N=one.block_n, BLOCK_K=one.block_k, GATED=False, BIAS=False, PDL=True)),
+        K=4096, BLOCK_N=one.block_n, BLOCK_K=one.block_k, BIAS=False, PDL=True)),
     "few_tokens": compile(linear._few_tokens, few.num_warps, dict(
         K=4096, BLOCK_M=16, BLOCK_N=few.block_n, BLOCK_K=few.block_k, NUM_SPLITS=few.num_splits, GATED=False,
         BIAS=False, STAGES=few.num_stages, PDL=True)),

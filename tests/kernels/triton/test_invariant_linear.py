@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from octavo.operations import LinearNeed
+from octavo_kernels.activation import silu_and_mul
 from octavo_kernels.invariant_linear import InvariantLinear
 from octavo_kernels.linear import linear_reference
 
@@ -35,6 +36,18 @@ def test_a_row_does_not_depend_on_its_neighbours(device: torch.device, in_featur
     for num_tokens in (1, 2, 15, 16, 17, 33, 64, 65, 128, 129, 699):
         assert torch.equal(layer.apply(x[:num_tokens]), whole[:num_tokens]), num_tokens
     assert torch.equal(layer.apply(x[300:301]), whole[300:301])
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="the interpreter adds up as numpy likes")
+def test_a_row_that_is_gated_does_not_depend_on_its_neighbours(device: torch.device) -> None:
+    layer = make(device, 4096, 16384, bias=False)
+    x = torch.randn(100, 4096, device=device).half()
+    whole = silu_and_mul(layer.apply(x))
+    for num_tokens in (1, 2, 16, 17, 64, 65):
+        gated = layer.apply_gated(x[:num_tokens])
+        assert (gated is None) == (num_tokens in (1, 65))
+        if gated is not None:
+            assert torch.equal(gated, whole[:num_tokens]), num_tokens
 
 
 def test_says_why_it_cannot_serve() -> None:

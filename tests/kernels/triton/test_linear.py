@@ -36,7 +36,7 @@ def test_a_narrow_layer_is_split_and_the_order_of_arrival_does_not_matter(
     assert all(torch.equal(first, layer.apply(x)) for _ in range(5))
 
 
-@pytest.mark.parametrize("num_tokens", [1, 2, 17, MAX_TOKENS])
+@pytest.mark.parametrize("num_tokens", [2, 17, MAX_TOKENS])
 def test_few_tokens_are_gated_by_the_product(device: torch.device, num_tokens: int) -> None:
     weight = torch.randn(16384, 48, device=device).half() / 48**0.5
     x = torch.randn(num_tokens, 48, device=device).half()
@@ -48,12 +48,19 @@ def test_few_tokens_are_gated_by_the_product(device: torch.device, num_tokens: i
 
 @pytest.mark.parametrize(
     ("num_tokens", "in_features", "out_features", "with_bias"),
-    [(0, 64, 16384, False), (1, 64, 64, True), (2, 64, 16384, True), (2, 4096, 64, False), (2, 64, 16400, False)],
+    [
+        (0, 64, 16384, False),
+        (1, 64, 16384, False),
+        (MAX_TOKENS + 1, 64, 16384, False),
+        (2, 64, 16384, True),
+        (2, 4096, 64, False),
+        (2, 64, 16400, False),
+    ],
 )
 def test_what_it_cannot_gate_is_left_to_an_activation(
     device: torch.device, num_tokens: int, in_features: int, out_features: int, with_bias: bool
 ) -> None:
-    """No tokens, a bias, a narrow layer that is split, half a tile at the end."""
+    """No tokens, one, many, a bias, a narrow layer that is split, half a tile at the end."""
     weight = torch.zeros(out_features, in_features, device=device).half()
     bias = torch.zeros(out_features, device=device).half() if with_bias else None
     layer = SkinnyLinear(LinearNeed(device, torch.float16, in_features, out_features), weight, bias)
